@@ -1,0 +1,21 @@
+"""Cut Cross-Entropy: the loss of a linear classifier over a huge vocabulary, without its logits."""
+
+from .api import (
+    Gradients,
+    TokenStatistics,
+    linear_cross_entropy,
+    linear_cross_entropy_value_and_grad,
+    linear_cross_entropy_vjp,
+    token_statistics,
+)
+from .version import VERSION as __version__
+
+__all__ = [
+    "Gradients",
+    "TokenStatistics",
+    "__version__",
+    "linear_cross_entropy",
+    "linear_cross_entropy_value_and_grad",
+    "linear_cross_entropy_vjp",
+    "token_statistics",
+]

@@ -1,0 +1,65 @@
+"""One module a framework: what its arrays look like, and how a call travels to a backend and back.
+
+A framework is imported only when the caller's arrays are of it, so it has been imported already.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from .numpy import HostFramework, NumpyFramework
+
+__all__ = ["HostFramework", "select"]
+
+
+def select(arrays: Mapping[str, Any]) -> HostFramework:
+    """Return the framework that all arrays of a call are of.
+
+    Parameters
+    ----------
+    arrays : mapping of str to array
+        By argument name.
+
+    Raises
+    ------
+    TypeError
+        When an argument is not an array, or the arrays come from several frameworks.
+    """
+    chosen: HostFramework | None = None
+    first = ""
+    for name, array in arrays.items():
+        framework = _framework_of(name, array)
+        if chosen is None:
+            chosen, first = framework, name
+        elif framework.name != chosen.name:
+            raise TypeError(
+                f"all arrays must come from one framework: {first} is of {chosen.name}, "
+                f"{name} of {framework.name}"
+            )
+    assert chosen is not None
+    return chosen
+
+
+def _framework_of(name: str, array: Any) -> HostFramework:
+    if NumpyFramework.owns(array):
+        return NumpyFramework()
+    if "torch" in sys.modules:
+        from .torch import TorchFramework
+
+        if TorchFramework.owns(array):
+            return TorchFramework()
+    if "jax" in sys.modules:
+        from .jax import JaxFramework
+
+        if JaxFramework.owns(array):
+            return JaxFramework()
+    if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
+        from .dlpack import DlpackFramework
+
+        return DlpackFramework(array)
+    raise TypeError(
+        f"{name} must be an array of NumPy, torch, JAX or another framework with __dlpack__, "
+        f"got {type(array).__name__}"
+    )

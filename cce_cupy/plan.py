@@ -1,0 +1,208 @@
+"""The plan of a call: tier, tiles, blocks, filter and workspace, from the problem alone.
+
+Pure arithmetic: no array is touched and no GPU is needed to make or to test a plan. Block sizes
+depend on shapes and dtype but never on ``workspace_bytes``: what a call computes, and in which
+order it sums, is the same however much memory it may use, so its results are the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .problem import Problem
+
+ROW_TILE = 128
+"""Tokens that share one list of kept columns."""
+
+COLUMN_CHUNK = 32
+"""Columns that share one random threshold, and one word of the kept-column bitmask."""
+
+MARGIN = 1e-2
+"""Slack of the forward's test, in the exponent.
+
+The backward recomputes a logit with another order of sums; no column that its exact test would
+keep may be missing from the forward's bits because of that difference.
+"""
+
+DEFAULT_WORKSPACE_BYTES = 128 * 2**20
+
+LARGEST_AUTO_EPS = 2.0**-8
+"""A small vocabulary has little tail to drop, and 16 / V would start dropping what matters."""
+
+_AUTO_EPS = {
+    ("unbiased", "bfloat16"): 16.0,
+    ("unbiased", "float16"): 2.0,
+    ("threshold", "bfloat16"): 1.0,
+    ("threshold", "float16"): 1.0 / 8.0,
+}
+
+_ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One pass of the backward over rows and columns.
+
+    Attributes
+    ----------
+    e, c : bool
+        Which gradients the pass forms (that of the bias comes with c).
+    filtered : bool
+        Whether it works on the kept columns only.
+    """
+
+    e: bool
+    c: bool
+    filtered: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a problem will be computed.
+
+    Attributes
+    ----------
+    tier : str
+        The family of kernels; ``"cpu"`` is NumPy and its BLAS.
+    row_block : int
+        Rows of one dense block of logits, a multiple of `ROW_TILE`.
+    column_block : int
+        Columns of one dense block, a multiple of `COLUMN_CHUNK`.
+    column_range : int
+        Columns over which dC is completed at a time where kept columns are gathered.
+    gather_block : int
+        Kept columns of a row tile that are gathered at a time.
+    gradient_filter : str or None
+        The filter in force, after ``filter_eps`` and the options that rule a filter out.
+    filter_eps : float
+        0.0 where no filter is in force.
+    filter_reason : str
+        Why the filter is what it is, for people.
+    sweeps : tuple of Sweep
+        The passes of the backward, in order.
+    workspace_bytes : int
+        What the passes hold at most beyond inputs, outputs, the kept-column bits and 32 bytes a
+        token.
+    """
+
+    tier: str
+    row_block: int
+    column_block: int
+    column_range: int
+    gather_block: int
+    gradient_filter: str | None
+    filter_eps: float
+    filter_reason: str
+    sweeps: tuple[Sweep, ...]
+    workspace_bytes: int
+
+
+def make_plan(problem: Problem) -> Plan:
+    """Plan a problem for the device its arrays are on.
+
+    Parameters
+    ----------
+    problem : Problem
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    ValueError
+        When ``workspace_bytes`` is smaller than the least this problem can be computed in.
+    """
+    gradient_filter, eps, reason = _choose_filter(problem)
+    filtered_e = gradient_filter is not None and problem.filter_e_grad
+    filtered_c = gradient_filter is not None and problem.filter_c_grad
+    dim, tokens, vocab = max(problem.dim, 1), problem.tokens, problem.vocab
+    accumulator_bytes = _ITEMSIZE[problem.accumulator]
+    rounds = _ITEMSIZE[problem.dtype] < accumulator_bytes
+
+    # Elements per block are bounded, so that blocks stay in cache and wide D costs no memory.
+    row_block = min(_fit(2**21 // dim, ROW_TILE, 8 * ROW_TILE), _whole(tokens, ROW_TILE))
+    columns = _whole(vocab, COLUMN_CHUNK)
+    column_block = min(_fit(2**21 // dim, 4 * COLUMN_CHUNK, 2048), columns)
+    gather_block = min(_fit(2**20 // dim, 4 * COLUMN_CHUNK, 2048), columns)
+    # Where the output is rounded, dC is summed in a buffer of column_range x D.
+    column_range = min(_fit(2**22 // dim, 1024, 8192) if rounds else 32768, columns)
+
+    dense = _dense_elements(row_block, column_block, dim, rounds)
+    gathered = _gathered_elements(gather_block, column_range, dim, rounds)
+    least = accumulator_bytes * max(dense, gathered if filtered_e or filtered_c else 0)
+    if problem.workspace_bytes is not None and problem.workspace_bytes < least:
+        raise ValueError(
+            f"workspace_bytes must be at least {least} for N = {tokens}, D = {problem.dim}, "
+            f"V = {vocab} and {problem.dtype}, got {problem.workspace_bytes}"
+        )
+    allowed = max(problem.workspace_bytes or DEFAULT_WORKSPACE_BYTES, least)
+
+    # Where dE is rounded, forming it along with dC takes a float32 sum for every token.
+    sums = accumulator_bytes * tokens * dim if rounds else 0
+    together = filtered_e == filtered_c and least + sums <= allowed
+    return Plan(
+        tier="cpu",
+        row_block=row_block,
+        column_block=column_block,
+        column_range=column_range,
+        gather_block=gather_block,
+        gradient_filter=gradient_filter if filtered_e or filtered_c else None,
+        filter_eps=eps if filtered_e or filtered_c else 0.0,
+        filter_reason=reason,
+        sweeps=(
+            (Sweep(True, True, filtered_e),)
+            if together
+            else (Sweep(True, False, filtered_e), Sweep(False, True, filtered_c))
+        ),
+        workspace_bytes=least + sums if together else least,
+    )
+
+
+def _choose_filter(problem: Problem) -> tuple[str | None, float, str]:
+    if problem.gradient_filter is None:
+        return None, 0.0, "off: gradient_filter=None"
+    if problem.filter_eps == 0.0:
+        return None, 0.0, "off: filter_eps is None or 0"
+    if problem.softcap is not None and problem.label_smoothing > 0.0:
+        return (
+            None,
+            0.0,
+            "off: with softcap, label smoothing reaches every column and is not of rank one",
+        )
+    if not (problem.filter_e_grad or problem.filter_c_grad):
+        return None, 0.0, "off: filter_e_grad and filter_c_grad are False"
+    if problem.filter_eps is not None:
+        return problem.gradient_filter, problem.filter_eps, "filter_eps as given"
+    scale = _AUTO_EPS.get((problem.gradient_filter, problem.dtype))
+    if scale is None:
+        return None, 0.0, f"off: filter_eps='auto' does not filter {problem.dtype}"
+    eps = min(scale / max(problem.vocab, 1), LARGEST_AUTO_EPS)
+    return problem.gradient_filter, eps, "filter_eps='auto': below the rounding of the dtype"
+
+
+def _fit(size: int, low: int, high: int) -> int:
+    """Return the largest power-of-two multiple of low that is at most size, within [low, high]."""
+    fitted = low
+    while 2 * fitted <= min(size, high):
+        fitted *= 2
+    return fitted
+
+
+def _whole(size: int, unit: int) -> int:
+    """Round a size up to whole units, and to one unit at least."""
+    return max(-(-size // unit), 1) * unit
+
+
+def _dense_elements(rows: int, columns: int, dim: int, rounds: bool) -> int:
+    # Logits and a mask or factor of their size in slices, a product for dE and one for dC; where
+    # the inputs are narrower than the sums, converted rows and columns and the sum of dC too.
+    products = (rows + columns) * dim
+    converted = (rows + 2 * columns) * dim if rounds else rows * dim
+    return 2 * rows * columns + products + converted
+
+
+def _gathered_elements(columns: int, column_range: int, dim: int, rounds: bool) -> int:
+    converted = (ROW_TILE + 2 * columns) * dim
+    sums = column_range * dim if rounds else columns * dim
+    return 4 * ROW_TILE * columns + (ROW_TILE + columns) * dim + converted + sums
