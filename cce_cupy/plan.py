@@ -64,14 +64,21 @@ class Plan:
     ----------
     tier : str
         The family of kernels; ``"cpu"`` is NumPy and its BLAS.
+    row_group : int
+        Rows of one dense product, a multiple of `ROW_TILE`. Where columns are gathered it is one
+        row tile.
     row_block : int
-        Rows of one dense block of logits, a multiple of `ROW_TILE`.
+        Rows over which dz is held before it enters dC, a multiple of `row_group`.
     column_block : int
-        Columns of one dense block, a multiple of `COLUMN_CHUNK`.
+        Columns of one dense product, a multiple of `COLUMN_CHUNK`.
+    segments : int
+        Parts of the vocabulary that the forward visits independently of each other.
     column_range : int
         Columns over which dC is completed at a time where kept columns are gathered.
     gather_block : int
         Kept columns of a row tile that are gathered at a time.
+    concurrency : int
+        Column ranges in progress at a time, at most. It changes memory and speed but no result.
     gradient_filter : str or None
         The filter in force, after ``filter_eps`` and the options that rule a filter out.
     filter_eps : float
@@ -86,10 +93,13 @@ class Plan:
     """
 
     tier: str
+    row_group: int
     row_block: int
     column_block: int
+    segments: int
     column_range: int
     gather_block: int
+    concurrency: int
     gradient_filter: str | None
     filter_eps: float
     filter_reason: str
@@ -121,16 +131,26 @@ def make_plan(problem: Problem) -> Plan:
     rounds = _ITEMSIZE[problem.dtype] < accumulator_bytes
 
     # Elements per block are bounded, so that blocks stay in cache and wide D costs no memory.
-    row_block = min(_fit(2**21 // dim, ROW_TILE, 8 * ROW_TILE), _whole(tokens, ROW_TILE))
+    # Where inputs are narrower than the sums a block of c is converted for each group of rows.
+    row_group = _fit(2**20 // dim, ROW_TILE, 512 if rounds else 256)
+    row_group = min(row_group, _whole(tokens, ROW_TILE))
+    row_block = min(_fit(2**21 // dim, row_group, 1024), _whole(tokens, row_group))
     columns = _whole(vocab, COLUMN_CHUNK)
-    column_block = min(_fit(2**21 // dim, 4 * COLUMN_CHUNK, 2048), columns)
-    gather_block = min(_fit(2**20 // dim, 4 * COLUMN_CHUNK, 2048), columns)
+    column_block = min(_fit(2**20 // dim, 4 * COLUMN_CHUNK, 1024), columns)
+    gather_block = min(_fit(2**20 // dim, 4 * COLUMN_CHUNK, 1024), columns)
     # Where the output is rounded, dC is summed in a buffer of column_range x D.
-    column_range = min(_fit(2**22 // dim, 1024, 8192) if rounds else 32768, columns)
+    column_range = min(
+        _fit(min(2**22 // dim if rounds else vocab, vocab // 16), 1024, 4096), columns
+    )
+    # Few rows leave cores idle unless the vocabulary is cut too.
+    groups = -(-max(tokens, 1) // row_group)
+    segments = max(1, min(-(-16 // groups), vocab // 8192))
 
-    dense = _dense_elements(row_block, column_block, dim, rounds)
-    gathered = _gathered_elements(gather_block, column_range, dim, rounds)
-    least = accumulator_bytes * max(dense, gathered if filtered_e or filtered_c else 0)
+    filtered = filtered_e or filtered_c
+    shared, each = _elements(
+        row_group, row_block, column_block, dim, rounds, gather_block, column_range, filtered
+    )
+    least = accumulator_bytes * (shared + each)
     if problem.workspace_bytes is not None and problem.workspace_bytes < least:
         raise ValueError(
             f"workspace_bytes must be at least {least} for N = {tokens}, D = {problem.dim}, "
@@ -141,21 +161,26 @@ def make_plan(problem: Problem) -> Plan:
     # Where dE is rounded, forming it along with dC takes a float32 sum for every token.
     sums = accumulator_bytes * tokens * dim if rounds else 0
     together = filtered_e == filtered_c and least + sums <= allowed
+    held = least + sums if together else least
+    concurrency = 1 + (allowed - held) // (accumulator_bytes * each)
     return Plan(
         tier="cpu",
+        row_group=row_group,
         row_block=row_block,
         column_block=column_block,
+        segments=segments,
         column_range=column_range,
         gather_block=gather_block,
-        gradient_filter=gradient_filter if filtered_e or filtered_c else None,
-        filter_eps=eps if filtered_e or filtered_c else 0.0,
+        concurrency=concurrency,
+        gradient_filter=gradient_filter if filtered else None,
+        filter_eps=eps if filtered else 0.0,
         filter_reason=reason,
         sweeps=(
             (Sweep(True, True, filtered_e),)
             if together
             else (Sweep(True, False, filtered_e), Sweep(False, True, filtered_c))
         ),
-        workspace_bytes=least + sums if together else least,
+        workspace_bytes=held + accumulator_bytes * each * (concurrency - 1),
     )
 
 
@@ -194,15 +219,23 @@ def _whole(size: int, unit: int) -> int:
     return max(-(-size // unit), 1) * unit
 
 
-def _dense_elements(rows: int, columns: int, dim: int, rounds: bool) -> int:
-    # Logits and a mask or factor of their size in slices, a product for dE and one for dC; where
-    # the inputs are narrower than the sums, converted rows and columns and the sum of dC too.
-    products = (rows + columns) * dim
-    converted = (rows + 2 * columns) * dim if rounds else rows * dim
-    return 2 * rows * columns + products + converted
-
-
-def _gathered_elements(columns: int, column_range: int, dim: int, rounds: bool) -> int:
-    converted = (ROW_TILE + 2 * columns) * dim
-    sums = column_range * dim if rounds else columns * dim
-    return 4 * ROW_TILE * columns + (ROW_TILE + columns) * dim + converted + sums
+def _elements(
+    row_group: int,
+    row_block: int,
+    column_block: int,
+    dim: int,
+    rounds: bool,
+    gather_block: int,
+    column_range: int,
+    filtered: bool,
+) -> tuple[int, int]:
+    """Return the elements held once, and those for each worker and column range in progress."""
+    converted = 2 if rounds else 1
+    once = converted * row_block * dim
+    products = (2 * row_group + column_block) * dim
+    each = 2 * row_block * column_block + products + converted * column_block * dim
+    if filtered:
+        products = (2 * ROW_TILE + (converted + 1) * gather_block) * dim
+        gathered = 4 * ROW_TILE * gather_block + products
+        each = max(each, gathered + (column_range * dim if rounds else 0))
+    return once, each

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +46,8 @@ def backward(call: Call, saved: Forward, factors: RowFactors) -> HostGradients:
     -------
     HostGradients
     """
-    with np.errstate(all="ignore"), Workers(len(call.rows) * call.problem.vocab) as workers:
+    work = len(call.rows) * call.problem.vocab
+    with np.errstate(all="ignore"), Workers(work, call.plan.concurrency) as workers:
         run = _Backward(call, saved, factors, workers)
         for sweep in call.plan.sweeps:
             if sweep.c:
@@ -53,6 +57,47 @@ def backward(call: Call, saved: Forward, factors: RowFactors) -> HostGradients:
         return run.gradients()
 
 
+class _Piece(NamedTuple):
+    """dz of a group of rows at some columns, and the rows of c that belong to them."""
+
+    columns: slice | Array
+    dz: Array
+    classifier: Array
+    passed: int
+    """Columns that passed the filter."""
+
+
+class _Turns:
+    """The order in which column ranges add to dE: that of the ranges, for every group of rows.
+
+    Workers on several ranges form their products side by side; only the adding waits for its
+    turn, so the sum is the same however they run.
+    """
+
+    def __init__(self) -> None:
+        self._due: dict[int, int] = {}
+        self._changed = threading.Condition()
+        self._failed = False
+
+    @contextlib.contextmanager
+    def turn(self, group: int, number: int) -> Iterator[None]:
+        """Wait until ranges before `number` have added to a group; the others wait meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or self._due.get(group, 0) == number)
+            if self._failed:
+                raise RuntimeError("another worker failed")
+        yield
+        with self._changed:
+            self._due[group] = number + 1
+            self._changed.notify_all()
+
+    def fail(self) -> None:
+        """Let nobody wait for a turn that will not come."""
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+
+
 class _Backward:
     """Outputs and factors of one backward; its sweeps are its methods."""
 
@@ -60,11 +105,13 @@ class _Backward:
         self.call, self.saved, self.factors, self.workers = call, saved, factors, workers
         self.scratch = Scratch(call.dtype)
         e, c, bias = call.arrays.e, call.arrays.c, call.arrays.bias
-        self.de = np.zeros((call.problem.tokens, call.problem.dim), e.dtype.newbyteorder("="))
-        self.dc = np.zeros(c.shape, c.dtype.newbyteorder("="))
+        self.de = np.zeros((call.problem.tokens, call.problem.dim), e.dtype)
+        self.dc = np.zeros(c.shape, c.dtype)
         self.dbias = None if bias is None else np.zeros(len(bias), call.dtype)
         self.rounds = self.de.dtype != call.dtype
-        self.kept = self.pairs = 0
+        self.kept = 0
+        tiles = len(spans(0, len(call.rows), ROW_TILE))
+        self.pairs = 0 if saved.bits is None else tiles * call.problem.vocab
         self.onehot = factors.onehot
         if call.classes.removed is not None:
             # The logit of a removed entry is -inf whatever e and c are.
@@ -83,77 +130,161 @@ class _Backward:
         de = self.de.reshape(self.call.arrays.e.shape)
         return HostGradients(de, self.dc, dbias, self.kept, self.pairs)
 
-    def groups(self, sweep: Sweep) -> list[tuple[int, int]]:
-        """Return the row spans that a sweep treats at a time: those with one list of columns."""
-        size = ROW_TILE if sweep.filtered else self.call.plan.row_block
-        return spans(0, len(self.call.rows), size)
+    def groups(self, sweep: Sweep, first: int, last: int) -> list[tuple[int, int]]:
+        """Cut rows into those that a product takes at a time: those with one list of columns."""
+        return spans(first, last, ROW_TILE if sweep.filtered else self.call.plan.row_group)
 
     def ranges(self, sweep: Sweep) -> list[tuple[int, int]]:
-        """Return the column spans over which dC is completed at a time."""
+        """Return the column spans over which dC is completed."""
         plan = self.call.plan
         size = plan.column_range if sweep.filtered else plan.column_block
         return spans(0, self.call.problem.vocab, size)
 
-    def pieces(self, sweep: Sweep, first: int, left: int, right: int) -> list[slice | Array]:
-        """Return the columns of a range that a group works on, in pieces of bounded size."""
-        if not sweep.filtered or self.saved.bits is None:
-            return [slice(left, right)]
-        columns = kept.kept_columns(self.saved.bits, first // ROW_TILE, left, right)
-        size = self.call.plan.gather_block
-        return [columns[start:stop] for start, stop in spans(0, len(columns), size)]
-
     def by_rows(self, sweep: Sweep) -> None:
-        """Complete dE group by group."""
-        groups = self.groups(sweep)
-        for number, (first, last) in enumerate(groups):
-            total = np.zeros((last - first, self.call.problem.dim), self.call.dtype)
-            embeddings = self.call.embeddings(first, last)
-            for left, right in self.ranges(sweep):
-                for columns in self.pieces(sweep, first, left, right):
-                    dz, classifier = self.form_dz(sweep, embeddings, first, columns)
-                    total += self.product(dz, classifier)
-            self.finish_rows(first, total)
-            self.call.report("backward", number + 1, len(groups))
+        """Complete dE, group by group."""
+        call = self.call
+
+        def visit(rows: tuple[int, int]) -> int:
+            total = np.zeros((rows[1] - rows[0], call.problem.dim), call.dtype)
+            embeddings = call.embeddings(*rows)
+            passed = 0
+            for columns in self.ranges(sweep):
+                part, counted = None, 0
+                for piece in self.pieces(sweep, rows, embeddings, columns):
+                    part = self.add_product(part, piece)
+                    counted += piece.passed
+                if part is not None:
+                    total += part
+                passed += counted
+            self.finish_rows(rows[0], total)
+            return passed
+
+        groups = self.groups(sweep, 0, len(call.rows))
+        for done, passed in enumerate(self.workers.map(visit, groups)):
+            # Where both sweeps filter they pass the same columns, counted in the other one.
+            self.kept += 0 if call.problem.filter_c_grad else passed
+            call.report("backward", done + 1, len(groups))
 
     def by_columns(self, sweep: Sweep) -> None:
-        """Complete dC range by range, and sum dE along with it where the sweep asks for it."""
-        call, groups, ranges = self.call, self.groups(sweep), self.ranges(sweep)
+        """Complete dC, range by range, and sum dE along with it where it is asked for."""
+        call, ranges, turns = self.call, self.ranges(sweep), _Turns()
         # Where nothing is rounded the output itself is the sum.
         apart = sweep.e and self.rounds
         sums = np.zeros((len(call.rows) if apart else 0, call.problem.dim), call.dtype)
-        smoothing = self.smoothing_embedding(groups)
-        for number, (left, right) in enumerate(ranges):
-            output = self.dc[left:right]
-            total = np.zeros(output.shape, call.dtype) if self.rounds else output
-            for first, last in groups:
-                pieces = self.pieces(sweep, first, left, right)
-                embeddings = call.embeddings(first, last) if pieces else np.empty(0)
-                for columns in pieces:
-                    dz, classifier = self.form_dz(sweep, embeddings, first, columns)
-                    if self.dbias is not None:
-                        self.dbias[columns] += dz.sum(axis=0)
-                    if isinstance(columns, slice) and first == 0:
-                        np.matmul(dz.T, embeddings, out=total)
-                    elif isinstance(columns, slice):
-                        total += self.product(dz.T, embeddings)
-                    else:
-                        total[columns - left] += self.product(dz.T, embeddings)
-                    if apart:
-                        sums[first:last] += self.product(dz, classifier)
-                    elif sweep.e:
-                        where = as_index(call.rows.source[first:last])
-                        self.de[where] += self.product(dz, classifier)
-            if smoothing is not None and self.smoothing_of_rank_one is not None:
-                total -= self.smoothing_of_rank_one[left:right, None] * smoothing
-            if call.problem.logit_scale != 1.0:
-                total *= call.problem.logit_scale
-            if self.rounds:
-                output[...] = total
-            call.report("backward", number + 1, len(ranges))
+
+        def add_rows(number: int, rows: tuple[int, int], part: Array | None) -> None:
+            with turns.turn(rows[0], number):
+                if part is not None and apart:
+                    sums[slice(*rows)] += part
+                elif part is not None:
+                    self.de[as_index(call.rows.source[slice(*rows)])] += part
+
+        def visit(numbered: tuple[int, tuple[int, int]]) -> int:
+            try:
+                return self.visit_range(sweep, *numbered, add_rows)
+            except BaseException:
+                turns.fail()
+                raise
+
+        for done, passed in enumerate(self.workers.map(visit, enumerate(ranges))):
+            self.kept += passed
+            call.report("backward", done + 1, len(ranges))
         if sweep.e:
-            for first, last in groups:
+            for first, last in spans(0, len(call.rows), call.plan.row_block):
                 where = as_index(call.rows.source[first:last])
                 self.finish_rows(first, sums[first:last] if apart else self.de[where])
+
+    def visit_range(
+        self,
+        sweep: Sweep,
+        number: int,
+        columns: tuple[int, int],
+        add_rows: Callable[[int, tuple[int, int], Array | None], None],
+    ) -> int:
+        """Complete dC of a range of columns and hand its part of dE on; return what passed."""
+        call, width = self.call, columns[1] - columns[0]
+        output = self.dc[slice(*columns)]
+        total = np.zeros(output.shape, call.dtype) if self.rounds else output
+        passed = 0
+        for first, last in spans(0, len(call.rows), call.plan.row_block):
+            embeddings = call.embeddings(first, last)
+            # The dz of dense groups lie under one another, and enter dC by one product.
+            dense = None if sweep.filtered else self.scratch.get("dz", last - first, width)
+            for rows in self.groups(sweep, first, last):
+                within = slice(rows[0] - first, rows[1] - first)
+                into = None if dense is None else dense[within]
+                part = None
+                for piece in self.pieces(sweep, rows, embeddings[within], columns, into):
+                    passed += piece.passed
+                    if sweep.e:
+                        part = self.add_product(part, piece)
+                    if dense is None:
+                        some = embeddings[within]
+                        self.add_columns(total, columns[0], piece, some, empty=False)
+                if sweep.e:
+                    add_rows(number, rows, part)
+            if dense is not None:
+                whole = _Piece(slice(*columns), dense, dense, 0)
+                self.add_columns(total, columns[0], whole, embeddings, empty=first == 0)
+        self.finish_columns(slice(*columns), total)
+        return passed
+
+    def pieces(
+        self,
+        sweep: Sweep,
+        rows: tuple[int, int],
+        embeddings: Array,
+        columns: tuple[int, int],
+        into: Array | None = None,
+    ) -> Iterator[_Piece]:
+        """Recompute the logits of a group of rows in a range of columns and form their dz.
+
+        Parameters
+        ----------
+        into : ndarray, shape (rows, columns), or None
+            Where to put the dz of a dense range; a buffer that the next piece overwrites where
+            it is None.
+        """
+        call = self.call
+        chosen: list[slice | Array] = [slice(*columns)]
+        if sweep.filtered and self.saved.bits is not None:
+            listed = kept.kept_columns(self.saved.bits, rows[0] // ROW_TILE, *columns)
+            cuts = spans(0, len(listed), call.plan.gather_block)
+            chosen = [listed[start:stop] for start, stop in cuts]
+        for piece in chosen:
+            classifier = call.classifier(piece)
+            dz = into
+            if dz is None:
+                dz = self.scratch.get("dz", len(embeddings), len(classifier))
+            np.matmul(embeddings, classifier.T, out=dz)
+            passed = 0
+            for top in range(0, len(dz), ROW_TILE):
+                tile = _BackwardTile(self, dz[top : top + ROW_TILE], rows[0] + top, piece)
+                passed += tile.form(sweep.filtered)
+            yield _Piece(piece, dz, classifier, passed)
+
+    def add_product(self, part: Array | None, piece: _Piece) -> Array:
+        """Add ``dz @ c`` to a group's part of dE, in a buffer of this thread."""
+        product = self.product("first" if part is None else "next", piece.dz, piece.classifier)
+        if part is None:
+            return product
+        part += product
+        return part
+
+    def add_columns(
+        self, total: Array, left: int, piece: _Piece, embeddings: Array, *, empty: bool
+    ) -> None:
+        """Add ``dz.T @ e`` to a range of dC that starts at column `left`, and dz to dbias."""
+        if self.dbias is not None:
+            self.dbias[piece.columns] += piece.dz.sum(axis=0)
+        if empty:
+            np.matmul(piece.dz.T, embeddings, out=total)
+            return
+        product = self.product("next", piece.dz.T, embeddings)
+        if isinstance(piece.columns, slice):
+            total += product
+        else:
+            total[piece.columns - left] += product
 
     def finish_rows(self, first: int, total: Array) -> None:
         """Add label smoothing to a sum of dE, scale, round and store it."""
@@ -163,6 +294,15 @@ class _Backward:
         if self.call.problem.logit_scale != 1.0:
             total *= self.call.problem.logit_scale
         self.de[as_index(self.call.rows.source[rows])] = total
+
+    def finish_columns(self, columns: slice, total: Array) -> None:
+        """Add label smoothing to a sum of dC, scale, round and store it."""
+        if self.smoothing_of_rank_one is not None:
+            total -= self.smoothing_of_rank_one[columns, None] * self.smoothing_embedding
+        if self.call.problem.logit_scale != 1.0:
+            total *= self.call.problem.logit_scale
+        if self.rounds:
+            self.dc[columns] = total
 
     @functools.cached_property
     def smoothing_classifier(self) -> Array:
@@ -174,43 +314,18 @@ class _Backward:
                 total += weights @ self.call.classifier(slice(left, right))
         return total.astype(self.call.dtype)
 
-    def smoothing_embedding(self, groups: list[tuple[int, int]]) -> Array | None:
+    @functools.cached_property
+    def smoothing_embedding(self) -> Array:
         """Sum over i of the row's weight * E[i], shape (D,)."""
-        if self.smoothing_of_rank_one is None:
-            return None
         total = np.zeros(self.call.problem.dim)
-        for first, last in groups:
+        for first, last in spans(0, len(self.call.rows), self.call.plan.row_block):
             total += self.factors.smoothing[first:last] @ self.call.embeddings(first, last)
         return total.astype(self.call.dtype)
 
-    def product(self, left: Array, right: Array) -> Array:
-        """Return a matrix product in a buffer that the next product overwrites."""
-        out = self.scratch.get("product", left.shape[0], right.shape[1])
+    def product(self, name: str, left: Array, right: Array) -> Array:
+        """Return a matrix product in a buffer of this thread and name."""
+        out = self.scratch.get(name, left.shape[0], right.shape[1])
         return np.matmul(left, right, out=out)
-
-    def form_dz(
-        self, sweep: Sweep, embeddings: Array, first: int, columns: slice | Array
-    ) -> tuple[Array, Array]:
-        """Recompute logits and turn them into dz, in a buffer that the next call overwrites.
-
-        Returns
-        -------
-        dz : ndarray, shape (rows, columns)
-        classifier : ndarray, shape (columns, D)
-            The rows of c that dz belongs to.
-        """
-        classifier = self.call.classifier(columns)
-        dz = self.scratch.get("dz", len(embeddings), len(classifier))
-        np.matmul(embeddings, classifier.T, out=dz)
-        tiles = [
-            _BackwardTile(self, dz[top : top + ROW_TILE], first + top, columns)
-            for top in range(0, len(dz), ROW_TILE)
-        ]
-        for counted in self.workers.map(lambda tile: tile.form(sweep.filtered), tiles):
-            # Where the sweeps for dE and dC differ only one of them is filtered or both are.
-            if sweep.filtered and (sweep.c or not self.call.problem.filter_c_grad):
-                self.kept += counted
-        return dz, classifier
 
 
 class _BackwardTile(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -10,40 +10,54 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import threadpoolctl
 
 Array = npt.NDArray[Any]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_SMALLEST_SHARED_WORK = 2**19
-"""Logits below which starting threads costs more than it saves."""
+_SMALLEST_SHARED_WORK = 2**20
+"""Logits below which threads cost more than they save."""
 
 
 class Scratch:
-    """Buffers that live as long as a call, each found by its name and as large as last needed.
+    """Buffers that live as long as a call, one set for each thread, each found by its name.
 
     A block-sized array from the operating system costs a page fault for every 4 KiB each time.
     """
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self._dtype = dtype
-        self._buffers: dict[str, Array] = {}
+        self._of_thread = threading.local()
 
     def get(self, name: str, rows: int, columns: int) -> Array:
         """Return an uninitialised C-contiguous array of shape (rows, columns)."""
+        buffers: dict[str, Array] = self._of_thread.__dict__
         size = rows * columns
-        if name not in self._buffers or self._buffers[name].size < size:
-            self._buffers[name] = np.empty(size, self._dtype)
-        return self._buffers[name][:size].reshape(rows, columns)
+        if name not in buffers or buffers[name].size < size:
+            buffers[name] = np.empty(size, self._dtype)
+        return buffers[name][:size].reshape(rows, columns)
 
 
 class Workers:
-    """Threads for elementwise work: NumPy runs that on one core, and releases the GIL for it."""
+    """Threads that each run whole products, with a BLAS that runs on one thread meanwhile.
 
-    def __init__(self, work: int) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        threads = min(cores or 1, 8) if work >= _SMALLEST_SHARED_WORK else 1
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+    The elementwise work between the products then runs on all cores too, and no idle thread of
+    BLAS spins on a core that it needs. As many threads as BLAS was allowed: limits that a user
+    sets for BLAS hold. Which thread does what has no influence on any result.
+
+    Parameters
+    ----------
+    work : int
+        Logits to compute; little work is done on the calling thread.
+    most : int
+        Upper limit on the threads.
+    """
+
+    def __init__(self, work: int, most: int) -> None:
+        self.threads = 1
+        self._pool: ThreadPoolExecutor | None = None
+        self._work, self._most = work, most
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Apply a function to independent items; results come in the items' order."""
@@ -52,6 +66,10 @@ class Workers:
         return self._pool.map(_quietly(function), items)
 
     def __enter__(self) -> Workers:
+        if self._work >= _SMALLEST_SHARED_WORK:
+            self.threads = min(_BLAS.enter(), self._most)
+            if self.threads > 1:
+                self._pool = ThreadPoolExecutor(self.threads)
         return self
 
     def __exit__(
@@ -61,7 +79,43 @@ class Workers:
         trace: TracebackType | None,
     ) -> None:
         if self._pool is not None:
-            self._pool.shutdown()
+            self._pool.shutdown(cancel_futures=True)
+        if self._work >= _SMALLEST_SHARED_WORK:
+            _BLAS.leave()
+
+
+class _SingleThreadedBlas:
+    """The limit of one BLAS thread, held while any call of any of the user's threads needs it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._controller: threadpoolctl.ThreadpoolController | None = None
+        self._limit: Any = None
+        self._holders = 0
+        self._threads = 1
+
+    def enter(self) -> int:
+        """Hold the limit; return how many threads BLAS had before it."""
+        with self._lock:
+            if self._controller is None:
+                self._controller = threadpoolctl.ThreadpoolController().select(user_api="blas")
+            if self._holders == 0:
+                counts = [library.num_threads for library in self._controller.lib_controllers]
+                # A BLAS that cannot be limited keeps its threads, and is called from one.
+                self._threads = max(counts, default=1)
+                self._limit = self._controller.limit(limits=1)
+            self._holders += 1
+            return self._threads
+
+    def leave(self) -> None:
+        """Release the limit; the last to leave restores what was there before."""
+        with self._lock:
+            self._holders -= 1
+            if self._holders == 0:
+                self._limit.restore_original_limits()
+
+
+_BLAS = _SingleThreadedBlas()
 
 
 def _quietly(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
