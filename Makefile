@@ -1,0 +1,37 @@
+# `make demo` and `make test` need python3 (3.10 or newer) with venv, and nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint docs bench clean
+
+demo: $(VENV)/demo.done
+	$(BIN)/python -m cce_cupy demo
+
+test: $(VENV)/test.done
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/lint.done $(VENV)/test.done
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(VENV)/docs.done
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+bench: $(VENV)/test.done
+	$(BIN)/python tests/benchmarks/cpu.py $(BENCH_ARGS)
+
+# The set-up of each job is done again when the package's own requirements change.
+$(VENV)/%.done: setup.cfg pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --editable '.[$*]'
+	@touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+
+clean:
+	rm -rf $(VENV) build docs/_build docs/generated *.egg-info .mypy_cache .pytest_cache .ruff_cache
