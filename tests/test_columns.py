@@ -1,0 +1,218 @@
+"""Kept-column bits and random thresholds: the parts of the column plan that have no public face."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+import threadpoolctl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cce_cupy.cpu import columns as kept
+from cce_cupy.cpu.tokens import Arrays
+from cce_cupy.frameworks.numpy import HostCall
+from cce_cupy.plan import COLUMN_CHUNK, ROW_TILE, make_plan
+from cce_cupy.problem import ArraySpec, Options, Problem
+
+
+def host_call(arrays: Arrays, plan_changes: dict | None = None, **options) -> HostCall:
+    given = {name: array for name, array in arrays._asdict().items() if array is not None}
+    specs = {name: ArraySpec(array.shape, array.dtype.name) for name, array in given.items()}
+    problem = Problem.check(specs, Options(**options))
+    plan = dataclasses.replace(make_plan(problem), **(plan_changes or {}))
+    call = HostCall(problem, plan, arrays)
+    call.run_forward(keep_columns=True)
+    return call
+
+
+def peaked_arrays(tokens: int, vocab: int, dim: int = 16, dtype=np.float32, seed: int = 0):
+    """Return logits between about -20 and 20, the targets among the larger ones."""
+    rng = np.random.default_rng(seed)
+    e = rng.normal(size=(tokens, dim)).astype(dtype)
+    c = 1.5 * rng.normal(size=(vocab, dim)).astype(dtype)
+    targets = np.argmax(e.astype(np.float64) @ c.T.astype(np.float64), axis=1)
+    return Arrays(e, c, targets, bias=np.zeros(vocab, dtype))
+
+
+@given(st.data())
+def test_bits_come_back(data):
+    vocab = data.draw(st.integers(1, 200))
+    first = COLUMN_CHUNK * data.draw(st.integers(0, (vocab - 1) // COLUMN_CHUNK))
+    last = data.draw(st.integers(first, vocab))
+    keep = np.array(
+        data.draw(st.lists(st.booleans(), min_size=vocab, max_size=vocab)), dtype=np.bool_
+    )
+    bits = kept.new_bits(ROW_TILE + 1, vocab)
+    assert bits.shape == (2, 4 * -(-vocab // COLUMN_CHUNK))
+    kept.put_bits(bits, 1, 0, keep)
+    expected = [column for column in range(first, last) if keep[column]]
+    assert kept.kept_columns(bits, 1, first, last).tolist() == expected
+    assert not bits[0].any()
+
+
+def test_thresholds_are_in_range_and_pure():
+    u = kept.uniforms(2**63 + 5, 3, 0, 4096)
+    assert u.dtype == np.float32
+    assert (u > 0).all()
+    assert (u <= 1).all()
+    assert (u * 2.0**24 == np.round(u * 2.0**24)).all()
+    # A part of the range is the same numbers: the hash counts, it has no state.
+    np.testing.assert_array_equal(kept.uniforms(2**63 + 5, 3, 1000, 1010), u[1000:1010])
+
+
+def test_thresholds_of_record():
+    """Every device must compute these: a change here changes every seeded result."""
+    u = kept.uniforms(12345678901234567890, 7, 100, 104)
+    expected = [0.4818124771118164, 0.488925039768219, 0.6507259011268616, 0.3156132102012634]
+    np.testing.assert_array_equal(u, np.array(expected, np.float32))
+    assert kept.seed_from_targets(np.arange(10)) == 14887653494589264190
+
+
+@pytest.mark.parametrize("stride", ["chunks", "tiles", "seeds"])
+def test_thresholds_are_uniform_along_each_counter(stride):
+    count = 20_000
+    if stride == "chunks":
+        u = kept.uniforms(1, 0, 0, count)
+    elif stride == "tiles":
+        u = np.concatenate([kept.uniforms(1, tile, 5, 6) for tile in range(count)])
+    else:
+        u = np.concatenate([kept.uniforms(seed, 0, 5, 6) for seed in range(count)])
+    # Kolmogorov-Smirnov at 1e-6: sqrt(count) * distance stays below 2.69.
+    distance = np.abs(np.sort(u) - (np.arange(count) + 0.5) / count).max()
+    assert np.sqrt(count) * distance < 2.69
+    # Neighbours are not correlated: a sum of products has a standard deviation of 1/12/sqrt(n).
+    for lag in (1, 2, 32):
+        covariance = np.mean((u[lag:] - 0.5) * (u[:-lag] - 0.5))
+        assert abs(covariance) < 5 / 12 / np.sqrt(count)
+
+
+def test_seed_depends_on_each_target_and_its_place():
+    targets = np.array([5, 9, 2**33])
+    seed = kept.seed_from_targets(targets)
+    assert 0 <= seed < 2**64
+    assert kept.seed_from_targets(targets) == seed
+    for other in ([9, 5, 2**33], [5, 9, 2**33 + 2**32], [5, 9], [5, 8, 2**33]):
+        assert kept.seed_from_targets(np.array(other)) != seed
+
+
+@pytest.mark.parametrize("gradient_filter", ["unbiased", "threshold"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bits_hold_all_that_the_exact_test_keeps(gradient_filter, dtype):
+    arrays = peaked_arrays(300, 3000, dtype=dtype)
+    eps = 2.0**-8
+    call = host_call(
+        arrays, gradient_filter=gradient_filter, filter_eps=eps, seed=1, workspace_bytes=2**27
+    )
+    z = arrays.e.astype(np.float64) @ arrays.c.T.astype(np.float64)
+    p = np.exp(z - np.logaddexp.reduce(z, axis=1, keepdims=True))
+    held = exact = 0
+    for tile, first in enumerate(range(0, 300, ROW_TILE)):
+        largest = p[first : first + ROW_TILE].max(axis=0)
+        largest[arrays.targets[first : first + ROW_TILE]] = 1.0
+        threshold = np.full(3000, eps)
+        if gradient_filter == "unbiased":
+            u = kept.uniforms(1, tile, 0, -(-3000 // COLUMN_CHUNK))
+            threshold *= np.repeat(u, COLUMN_CHUNK)[:3000]
+        needed = np.flatnonzero(largest >= threshold)
+        bits = kept.kept_columns(call.saved.bits, tile, 0, 3000)
+        assert np.isin(needed, bits).all()
+        held += len(bits)
+        exact += len(needed)
+    # They are a superset, and a close one: else the test would say nothing.
+    assert exact < held < 1.5 * exact
+    assert exact < 0.5 * 3 * 3000
+
+
+BLOCKS = [
+    {},
+    {"row_group": 128, "row_block": 128, "column_block": 32, "segments": 3},
+    {"row_group": 384, "row_block": 384, "column_block": 1024, "segments": 1},
+    {"column_range": 96, "gather_block": 32},
+]
+
+
+@pytest.mark.parametrize("gradient_filter", ["unbiased", "threshold"])
+def test_kept_set_does_not_depend_on_blocks(gradient_filter):
+    arrays = peaked_arrays(300, 3000, dtype=np.float64)
+    options = {"gradient_filter": gradient_filter, "filter_eps": 2.0**-10, "seed": 3}
+    reference = None
+    for changes in BLOCKS:
+        call = host_call(arrays, changes, **options)
+        gradients = call.pullback(np.ones(()), None)
+        touched = gradients.c.any(axis=1)
+        if reference is None:
+            reference = touched, gradients
+        assert gradients.kept == reference[1].kept
+        np.testing.assert_array_equal(touched, reference[0])
+        # Sums of up to 3000 terms of either sign, in another order.
+        np.testing.assert_allclose(gradients.e, reference[1].e, rtol=0, atol=1e-15)
+        np.testing.assert_allclose(gradients.c, reference[1].c, rtol=0, atol=1e-15)
+    assert 0 < reference[1].kept < reference[1].pairs
+
+
+@pytest.mark.parametrize("options", [{}, {"filter_eps": 1e-3}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads_do_not_change_a_bit(dtype, options):
+    arrays = peaked_arrays(700, 9000)
+
+    cast = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    arrays = arrays._replace(
+        e=arrays.e.astype(cast), c=arrays.c.astype(cast), bias=arrays.bias.astype(cast)
+    )
+    results = []
+    for threads in (1, 2, 3):
+        with threadpoolctl.threadpool_limits(threads, user_api="blas"):
+            call = host_call(arrays, **options)
+            gradients = call.pullback(np.ones(()), None)
+            blas = [
+                x["num_threads"] for x in threadpoolctl.threadpool_info() if x["user_api"] == "blas"
+            ]
+            # The limit that the call sets is gone afterwards.
+            assert set(blas) == {threads}
+        results.append((call.loss(), *gradients[:3]))
+    for other in results[1:]:
+        for mine, theirs in zip(results[0], other, strict=True):
+            assert mine.tobytes() == theirs.tobytes()
+
+
+def test_second_sweep_of_narrow_dtypes_gives_the_same_bits():
+    """Where the float32 sums of dE do not fit the workspace, dE and dC are formed in turn."""
+
+    arrays = peaked_arrays(500, 2000)
+    arrays = Arrays(
+        arrays.e.astype(ml_dtypes.bfloat16), arrays.c.astype(ml_dtypes.bfloat16), arrays.targets
+    )
+    for eps in (0.0, 1e-3):
+        one = host_call(arrays, filter_eps=eps)
+        assert len(one.call.plan.sweeps) == 1
+        sweep = one.call.plan.sweeps[0]
+        split = tuple(dataclasses.replace(sweep, e=e, c=not e) for e in (True, False))
+        two = host_call(arrays, {"sweeps": split}, filter_eps=eps)
+        first, second = (call.pullback(np.ones(()), None) for call in (one, two))
+        assert first.e.tobytes() == second.e.tobytes()
+        assert first.c.tobytes() == second.c.tobytes()
+        assert first.kept == second.kept
+
+
+def test_a_failing_worker_ends_the_call(monkeypatch):
+    """Others that wait for its turn must not wait for ever, and BLAS gets its threads back."""
+    arrays = peaked_arrays(700, 9000)
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        call = host_call(arrays)
+        whole = type(call.call).classifier
+
+        def failing(self, columns):
+            if isinstance(columns, slice) and columns.start == 0:
+                raise MemoryError("no memory for the first range")
+            return whole(self, columns)
+
+        monkeypatch.setattr(type(call.call), "classifier", failing)
+        with pytest.raises(MemoryError, match="first range"):
+            call.pullback(np.ones(()), None)
+        blas = [
+            x["num_threads"] for x in threadpoolctl.threadpool_info() if x["user_api"] == "blas"
+        ]
+        assert set(blas) == {2}

@@ -1,0 +1,110 @@
+"""The plan: what it decides from a problem alone, and that its blocks fit what it promises."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from cce_cupy.plan import COLUMN_CHUNK, LARGEST_AUTO_EPS, ROW_TILE, Sweep, make_plan
+from cce_cupy.problem import ArraySpec, Options, Problem
+
+
+def problem(tokens: int = 1024, dim: int = 64, vocab: int = 65536, dtype="float32", **options):
+    arrays = {
+        "e": ArraySpec((tokens, dim), dtype),
+        "c": ArraySpec((vocab, dim), dtype),
+        "targets": ArraySpec((tokens,), "int64"),
+    }
+    return Problem.check(arrays, Options(**options))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 7, 640, 4096, 100_000])
+@pytest.mark.parametrize("vocab", [0, 1, 31, 65536, 262144])
+@pytest.mark.parametrize("tokens", [0, 1, 128, 5000])
+def test_blocks_are_whole_tiles_and_chunks(tokens, vocab, dim):
+    plan = make_plan(problem(tokens, dim, vocab, "bfloat16"))
+    assert plan.row_group % ROW_TILE == 0
+    assert plan.row_block % plan.row_group == 0
+    for columns in (plan.column_block, plan.column_range, plan.gather_block):
+        assert columns > 0
+        assert columns % COLUMN_CHUNK == 0
+    assert plan.segments >= 1
+    assert plan.concurrency >= 1
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_workspace_changes_memory_and_no_block(dtype):
+    small = make_plan(problem(dtype=dtype, workspace_bytes=32 * 2**20))
+    large = make_plan(problem(dtype=dtype, workspace_bytes=2**30))
+    memory = ("workspace_bytes", "concurrency", "sweeps")
+    same = dict.fromkeys(memory)
+    assert dataclasses.replace(small, **same) == dataclasses.replace(large, **same)
+    assert small.workspace_bytes <= 32 * 2**20
+    assert large.workspace_bytes <= 2**30
+    assert small.concurrency < large.concurrency
+
+
+def test_too_small_a_workspace_names_the_least():
+    with pytest.raises(ValueError, match="workspace_bytes must be at least") as caught:
+        make_plan(problem(workspace_bytes=1000))
+    least = int(str(caught.value).split("at least ")[1].split()[0])
+    assert make_plan(problem(workspace_bytes=least)).workspace_bytes == least
+    with pytest.raises(ValueError, match="workspace_bytes"):
+        make_plan(problem(workspace_bytes=least - 1))
+
+
+def test_default_workspace_holds_for_the_usual_sizes():
+    for dim, vocab in [(640, 262144), (2304, 256000), (4096, 131072), (8192, 128256)]:
+        for dtype in ("float32", "bfloat16"):
+            plan = make_plan(problem(8192, dim, vocab, dtype))
+            assert plan.workspace_bytes <= 128 * 2**20, (dim, vocab, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gradient_filter", "vocab", "eps"),
+    [
+        ("bfloat16", "unbiased", 262144, 2.0**-14),
+        ("bfloat16", "threshold", 262144, 2.0**-18),
+        ("float16", "unbiased", 65536, 2.0**-15),
+        ("float16", "threshold", 65536, 2.0**-19),
+        ("bfloat16", "unbiased", 100, LARGEST_AUTO_EPS),
+    ],
+)
+def test_auto_eps(dtype, gradient_filter, vocab, eps):
+    plan = make_plan(problem(vocab=vocab, dtype=dtype, gradient_filter=gradient_filter))
+    assert (plan.gradient_filter, plan.filter_eps) == (gradient_filter, eps)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"gradient_filter": None, "filter_eps": 0.1}, "gradient_filter=None"),
+        ({"filter_eps": None}, "filter_eps"),
+        ({"filter_eps": 0}, "filter_eps"),
+        ({}, "does not filter float32"),
+        ({"filter_eps": 0.1, "softcap": 1.0, "label_smoothing": 0.1}, "label smoothing"),
+        ({"filter_eps": 0.1, "filter_e_grad": False, "filter_c_grad": False}, "filter_e_grad"),
+    ],
+)
+def test_filter_is_off_and_says_why(options, reason):
+    plan = make_plan(problem(**options))
+    assert plan.gradient_filter is None
+    assert plan.filter_eps == 0.0
+    assert reason in plan.filter_reason
+    assert plan.sweeps == (Sweep(True, True, filtered=False),)
+
+
+def test_one_side_unfiltered_takes_two_sweeps():
+    plan = make_plan(problem(filter_eps=0.1, filter_e_grad=False))
+    assert plan.sweeps == (Sweep(True, False, False), Sweep(False, True, True))
+    plan = make_plan(problem(filter_eps=0.1, filter_c_grad=False))
+    assert plan.sweeps == (Sweep(True, False, True), Sweep(False, True, False))
+
+
+def test_sums_of_narrow_dtypes_take_a_second_sweep_where_they_do_not_fit():
+    many = 2**20
+    assert len(make_plan(problem(many, dtype="bfloat16")).sweeps) == 2
+    assert len(make_plan(problem(many, dtype="bfloat16", workspace_bytes=2**30)).sweeps) == 1
+    # float32 sums in its outputs.
+    assert len(make_plan(problem(many, dtype="float32")).sweeps) == 1
