@@ -147,10 +147,21 @@ def make_plan(problem: Problem) -> Plan:
     segments = max(1, min(-(-16 // groups), vocab // 8192))
 
     filtered = filtered_e or filtered_c
-    shared, each = _elements(
-        row_group, row_block, column_block, dim, rounds, gather_block, column_range, filtered
+    # A block of c and of e as such, or converted; and the sum of dC that is rounded at the end.
+    copies = 2 if rounds else 1
+    blocks = (row_group + copies * column_block) * dim
+    visit = row_group * column_block + 2 * ROW_TILE * column_block + blocks
+    dense = row_block * column_block + 2 * ROW_TILE * column_block + row_block * dim
+    dense += blocks + (2 * row_group + column_block * copies) * dim
+    gathered = 4 * ROW_TILE * gather_block + row_block * dim
+    gathered += (2 * ROW_TILE + (copies + 1) * gather_block) * dim
+    gathered += column_range * dim if rounds else 0
+    each = max(
+        visit,
+        0 if filtered_e and filtered_c else dense,
+        gathered if filtered else 0,
     )
-    least = accumulator_bytes * (shared + each)
+    least = accumulator_bytes * each
     if problem.workspace_bytes is not None and problem.workspace_bytes < least:
         raise ValueError(
             f"workspace_bytes must be at least {least} for N = {tokens}, D = {problem.dim}, "
@@ -217,25 +228,3 @@ def _fit(size: int, low: int, high: int) -> int:
 def _whole(size: int, unit: int) -> int:
     """Round a size up to whole units, and to one unit at least."""
     return max(-(-size // unit), 1) * unit
-
-
-def _elements(
-    row_group: int,
-    row_block: int,
-    column_block: int,
-    dim: int,
-    rounds: bool,
-    gather_block: int,
-    column_range: int,
-    filtered: bool,
-) -> tuple[int, int]:
-    """Return the elements held once, and those for each worker and column range in progress."""
-    converted = 2 if rounds else 1
-    once = converted * row_block * dim
-    products = (2 * row_group + column_block) * dim
-    each = 2 * row_block * column_block + products + converted * column_block * dim
-    if filtered:
-        products = (2 * ROW_TILE + (converted + 1) * gather_block) * dim
-        gathered = 4 * ROW_TILE * gather_block + products
-        each = max(each, gathered + (column_range * dim if rounds else 0))
-    return once, each

@@ -139,8 +139,8 @@ class Problem:
             Naming the argument, what was given and what is accepted.
         """
         e, c, targets = arrays["e"], arrays["c"], arrays["targets"]
-        _check_dtypes(arrays)
         _check_devices(arrays)
+        _check_dtypes(arrays)
         _check_shapes(arrays)
         shift = _integer("shift", options.shift, low=0)
         if shift:

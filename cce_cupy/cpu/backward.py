@@ -348,7 +348,10 @@ class _BackwardTile(NamedTuple):
         dz -= run.saved.lse[rows, None].astype(dz.dtype)
         np.exp(dz, out=dz)
         if call.classes.removed is not None:
-            dz[:, call.classes.removed[columns]] = 0.0
+            removed = call.classes.removed[columns]
+            dz[:, removed] = 0.0
+            if slope is not None:
+                slope[:, removed] = 0.0
         hit, at = self._targets(call.rows.target[rows])
         passed = 0
         if filtered:

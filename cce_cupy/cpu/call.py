@@ -53,9 +53,12 @@ class Call:
         if self.classes.bias is not None:
             product += self.classes.bias[columns]
         if problem.softcap is not None:
+            # tanh would turn an infinity into a number; it must come out as NaN.
+            poison = product * product.dtype.type(0)
             product /= problem.softcap
             np.tanh(product, out=product)
             product *= problem.softcap
+            product += poison
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -225,6 +225,8 @@ class _ForwardTile(NamedTuple):
             z[:, removed[columns]] = 0.0
         if smoothing is not None:
             state.smoothed_logit[rows] += z @ smoothing[columns]
+        # Only a removed entry may be -inf; from an infinite input it must come out as NaN.
+        infinite = z.min(axis=1) == -np.inf
         if removed is not None:
             z[:, removed[columns]] = -np.inf
 
@@ -241,6 +243,7 @@ class _ForwardTile(NamedTuple):
         reference = np.maximum(state.bound[rows].astype(z.dtype), z.max(axis=1))
         # Where everything so far is -inf any finite reference will do.
         reference[reference == -np.inf] = 0.0
+        reference[infinite] = np.nan
         z -= reference[:, None]
         state.reference[rows] = reference
         shift = old - state.reference[rows]

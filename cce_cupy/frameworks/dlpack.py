@@ -22,6 +22,15 @@ class DlpackFramework(HostFramework):
 
     def __init__(self, array: Any) -> None:
         self.name = type(array).__module__.partition(".")[0]
+        self.returns_numpy = not hasattr(array, "__array_namespace__")
+
+    def takes(self, array: Any) -> bool:
+        """Tell whether a gradient may be handed back as this object: what the results are of."""
+        if isinstance(array, np.ndarray | np.generic):
+            return self.returns_numpy
+        return type(array).__module__.partition(".")[0] == self.name and hasattr(
+            array, "__dlpack__"
+        )
 
     def describe(self, name: str, array: Any) -> ArraySpec:
         """Return what an argument looks like."""

@@ -56,6 +56,15 @@ class HostFramework:
 
     name: str
 
+    @staticmethod
+    def owns(array: Any) -> bool:
+        """Tell whether an object is an array of this framework."""
+        raise NotImplementedError
+
+    def takes(self, array: Any) -> bool:
+        """Tell whether a gradient may be handed back as this object."""
+        return self.owns(array)
+
     def describe(self, name: str, array: Any) -> ArraySpec:
         """Return what an argument looks like; TypeError when it cannot be plain data."""
         raise NotImplementedError
@@ -123,10 +132,11 @@ class HostFramework:
     def _upstream(self, name: str, given: Any, shape: tuple[int, ...], device: str) -> Array:
         if isinstance(given, int | float) and not isinstance(given, bool) and shape == ():
             return np.asarray(float(given))
-        if not (hasattr(given, "dtype") and hasattr(given, "shape")):
+        if not self.takes(given):
+            kind = type(given)
             raise TypeError(
                 f"{name} must be an array of {self.name} of shape {shape}, "
-                f"got {type(given).__name__}"
+                f"got {kind.__module__}.{kind.__qualname__}"
             )
         check_upstream(name, self.describe(name, given), shape, device)
         return self.to_host(given)

@@ -32,11 +32,17 @@ class TorchFramework(HostFramework):
 
     def to_host(self, array: Any) -> Array:
         """Return a view of the tensor's memory."""
-        plain = array.detach()
-        if plain.dtype == torch.bfloat16:
-            # NumPy has no bfloat16 of its own; the bits travel as integers.
-            return np.asarray(plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
-        return np.asarray(plain.numpy())
+        plain = array.detach().resolve_neg()
+        try:
+            if plain.dtype == torch.bfloat16:
+                # NumPy has no bfloat16 of its own; the bits travel as integers.
+                return np.asarray(plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+            return np.asarray(plain.numpy())
+        except RuntimeError as error:
+            raise TypeError(
+                "tensors must hold data of their own; this one stands for others, as within "
+                f"torch.func transformations: {error}"
+            ) from error
 
     def from_host(self, array: Array, like: Any) -> Any:
         """Return a tensor over the array's memory."""
