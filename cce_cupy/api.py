@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
-from .frameworks import HostFramework, select
-from .frameworks.numpy import Evaluation
+from .frameworks import Framework, select
+from .frameworks.framework import Evaluation
 from .plan import Plan, make_plan
 from .problem import ArraySpec, Options, Problem
 
@@ -355,9 +355,9 @@ def token_statistics(
 class _Prepared(NamedTuple):
     """A call that has been checked and planned."""
 
-    framework: HostFramework
+    framework: Framework
     problem: Problem
-    plan: Plan
+    plan: Plan | None
     arrays: dict[str, Any]
 
     def evaluate(self, *, differentiate: bool) -> Evaluation:
@@ -385,4 +385,6 @@ def _prepare(arguments: dict[str, Any]) -> _Prepared:
         name: framework.describe(name, array) for name, array in arrays.items()
     }
     problem = Problem.check(specs, options)
-    return _Prepared(framework, problem, make_plan(problem), arrays)
+    # The plan of a GPU call depends on the device, which its framework knows.
+    plan = make_plan(problem) if problem.device == "cpu" else None
+    return _Prepared(framework, problem, plan, arrays)

@@ -228,3 +228,160 @@ def _fit(size: int, low: int, high: int) -> int:
 def _whole(size: int, unit: int) -> int:
     """Round a size up to whole units, and to one unit at least."""
     return max(-(-size // unit), 1) * unit
+
+
+# ------------------------------------------------------------------------------------- GPU
+
+Room = dict[str, int]
+"""Bytes of each piece of workspace, by name."""
+
+_PART_ALIGNMENT = 256
+_DENSE_BLOCK = 128
+_SMOOTHING_PARTS = 64
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """How a problem will be computed by the portable kernels.
+
+    Attributes
+    ----------
+    tier : str
+    capacity : int
+        Rows there is room for: all tokens, ignored ones included, since how many count is known
+        on the device only.
+    tiles : int
+        Row tiles of as many rows.
+    segments, segment_columns : int
+        Parts of the vocabulary that the forward visits independently of each other.
+    words : int
+        32-bit words of kept-column bits of a row tile.
+    range_columns : int
+        Columns whose dz is held at a time in the backward.
+    smooths : bool
+        Whether label smoothing has any effect.
+    smoothing_parts : int
+        Parts of the sums over all rows or columns that label smoothing takes.
+    gradient_filter, filter_eps, filter_reason, sweeps
+        As in `Plan`.
+    saved, forward, backward : dict of str to int
+        Bytes of the pieces of workspace: those that a pullback refers to, and those that the
+        forward and the backward need while they run.
+    """
+
+    tier: str
+    capacity: int
+    tiles: int
+    segments: int
+    segment_columns: int
+    words: int
+    range_columns: int
+    smooths: bool
+    smoothing_parts: int
+    gradient_filter: str | None
+    filter_eps: float
+    filter_reason: str
+    sweeps: tuple[Sweep, ...]
+    saved: Room
+    forward: Room
+    backward: Room
+
+
+def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
+    """Plan a problem for the portable kernels of a GPU.
+
+    Parameters
+    ----------
+    problem : Problem
+    processors : int
+        Multiprocessors of the device.
+
+    Returns
+    -------
+    GpuPlan
+    """
+    gradient_filter, eps, reason = _choose_filter(problem)
+    filtered_e = gradient_filter is not None and problem.filter_e_grad
+    filtered_c = gradient_filter is not None and problem.filter_c_grad
+    filtered = filtered_e or filtered_c
+    sums = _ITEMSIZE[problem.accumulator]
+    rows, dim, vocab = problem.tokens, problem.dim, problem.vocab
+    tiles = -(-rows // ROW_TILE)
+    # Enough segments for two blocks a multiprocessor, each of at least eight column blocks.
+    segments = max(1, min(-(-2 * processors // max(tiles, 1)), vocab // (8 * _DENSE_BLOCK)))
+    segment_columns = _whole(-(-vocab // segments), _DENSE_BLOCK)
+    segments = max(1, -(-vocab // segment_columns))
+    words = -(-vocab // COLUMN_CHUNK)
+    smooths = problem.label_smoothing > 0.0 and vocab > 1
+
+    saved = {
+        **dict.fromkeys(("source", "position", "target"), 8 * rows),
+        **dict.fromkeys(("count", "seed", "first_wrong", "normalizer", "smoothing_total"), 8),
+        "row_lse": sums * rows,
+        "smoothing": sums * vocab if smooths else 0,
+        "bits": 4 * words * tiles if filtered else 0,
+        "unbounded": 8 * -(-tiles // 2),
+    }
+    per_segment = segments * rows
+    forward = {
+        "bound": sums * rows,
+        "row_loss": 8 * rows,
+        "segment_reference": sums * per_segment,
+        "segment_rest": 8 * per_segment,
+        "segment_target_logit": sums * per_segment,
+        "segment_smoothed": 8 * per_segment,
+        "segment_total": 8 * per_segment,
+        "segment_weighted": 8 * per_segment,
+        "segment_best": sums * per_segment,
+        "segment_argmax": 8 * per_segment,
+    }
+    sweeps: tuple[Sweep, ...] = (Sweep(True, True, filtered_e),)
+    if filtered_e != filtered_c:
+        sweeps = (Sweep(True, False, filtered_e), Sweep(False, True, filtered_c))
+    backward = {
+        **dict.fromkeys(("factor_softmax", "factor_onehot", "factor_smoothing"), sums * rows),
+        "smoothing_classifier": 8 * _SMOOTHING_PARTS * dim if smooths else 0,
+        "smoothing_embedding": 8 * _SMOOTHING_PARTS * dim if smooths else 0,
+        "smoothing_rows": 8,
+        "passed": 8,
+    }
+    # Each column of a range takes a record for every row tile, its list entry and its own sum.
+    each = tiles * (ROW_TILE * sums + 4 + sums)
+    allowed = problem.workspace_bytes or DEFAULT_WORKSPACE_BYTES
+    left = allowed - sums * rows * dim - sum(backward.values())
+    columns = max(left // max(each, 1) // _DENSE_BLOCK, 1) * _DENSE_BLOCK
+    columns = min(columns, _whole(vocab, _DENSE_BLOCK))
+    backward |= {
+        "de_sums": sums * rows * dim if columns < vocab else 0,
+        "list_column": 4 * tiles * columns,
+        "list_before": 4 * tiles * (columns // _DENSE_BLOCK + 1),
+        "dz": sums * tiles * columns * ROW_TILE,
+        "dz_column": sums * tiles * columns,
+    }
+    return GpuPlan(
+        tier="portable",
+        capacity=rows,
+        tiles=tiles,
+        segments=segments,
+        segment_columns=segment_columns,
+        words=words,
+        range_columns=columns,
+        smooths=smooths,
+        smoothing_parts=_SMOOTHING_PARTS,
+        gradient_filter=gradient_filter if filtered else None,
+        filter_eps=eps if filtered else 0.0,
+        filter_reason=reason,
+        sweeps=sweeps,
+        saved=saved,
+        forward=forward,
+        backward=backward,
+    )
+
+
+def lay_out(room: Room) -> tuple[dict[str, int], int]:
+    """Return the offset of each piece in one allocation, and the bytes of the whole."""
+    offsets, end = {}, 0
+    for name, size in room.items():
+        offsets[name] = end
+        end += _whole(size, _PART_ALIGNMENT)
+    return offsets, end

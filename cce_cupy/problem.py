@@ -19,7 +19,7 @@ FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 INTEGER_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 REDUCTIONS = ("mean", "sum", "none")
 GRADIENT_FILTERS = ("unbiased", "threshold")
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _check_devices(arrays: dict[str, ArraySpec]) -> None:
             raise ValueError(
                 f"all arrays must be on one device: e is on {device}, {name} on {spec.device}"
             )
-    if device not in DEVICES:
+    if device.partition(":")[0] not in DEVICES:
         raise ValueError(
             f"e is on {device}; this version computes on {_list(DEVICES)}: move the arrays there"
         )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cce_cupy.cpu import columns as kept
 from cce_cupy.cpu.tokens import Arrays
-from cce_cupy.frameworks.numpy import HostCall
+from cce_cupy.frameworks.host import HostCall
 from cce_cupy.plan import COLUMN_CHUNK, ROW_TILE, make_plan
 from cce_cupy.problem import ArraySpec, Options, Problem
 

@@ -5,6 +5,7 @@ below for those that have the protocol's two methods and nothing else, which get
 """
 
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,13 @@ class OldProducer(Producer):
 
 
 class ElsewhereProducer(Producer):
-    """An array that says it is on the second CUDA device; its memory must not be touched."""
+    """An array that says it is on the second ROCm device; its memory must not be touched."""
 
     def __dlpack__(self, **options: Any) -> Any:
         raise AssertionError("asked for memory of a device that cannot be computed on")
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (2, 1)
+        return (10, 1)
 
 
 class DescribedElsewhereProducer(ElsewhereProducer):
@@ -148,9 +149,24 @@ def test_another_device_is_refused(
         for name, array in sample().items()
         if name in ("e", "c", "targets", "bias")
     }
-    with pytest.raises(ValueError, match=rf"\b{names[0]}\b.*cuda:1") as caught:
+    with pytest.raises(ValueError, match=rf"\b{names[0]}\b.*rocm:1") as caught:
         getattr(cce_cupy, function)(**arguments)
     assert "cpu" in str(caught.value)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_cuda_without_cupy_says_what_to_install(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CudaProducer(ElsewhereProducer):
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return (2, 0)
+
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    arguments = {name: CudaProducer(array) for name, array in sample().items()}
+    arguments = {name: arguments[name] for name in ("e", "c", "targets")}
+    with pytest.raises(ImportError, match=r"CuPy.*pip install 'cce-cupy\[cuda13x\]'"):
+        getattr(cce_cupy, function)(**arguments)
 
 
 def frameworks() -> dict[str, tuple[Any, str]]:

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from .numpy import HostFramework, NumpyFramework
+from .framework import Framework
+from .numpy import NumpyFramework
 
-__all__ = ["HostFramework", "select"]
+__all__ = ["Framework", "select"]
 
 
-def select(arrays: Mapping[str, Any]) -> HostFramework:
+def select(arrays: Mapping[str, Any]) -> Framework:
     """Return the framework that all arrays of a call are of.
 
     Parameters
@@ -27,7 +28,7 @@ def select(arrays: Mapping[str, Any]) -> HostFramework:
     TypeError
         When an argument is not an array, or the arrays come from several frameworks.
     """
-    chosen: HostFramework | None = None
+    chosen: Framework | None = None
     first = ""
     for name, array in arrays.items():
         framework = _framework_of(name, array)
@@ -42,7 +43,7 @@ def select(arrays: Mapping[str, Any]) -> HostFramework:
     return chosen
 
 
-def _framework_of(name: str, array: Any) -> HostFramework:
+def _framework_of(name: str, array: Any) -> Framework:
     if NumpyFramework.owns(array):
         return NumpyFramework()
     if "torch" in sys.modules:
@@ -55,6 +56,11 @@ def _framework_of(name: str, array: Any) -> HostFramework:
 
         if JaxFramework.owns(array):
             return JaxFramework()
+    if "cupy" in sys.modules:
+        from .cupy import CupyFramework
+
+        if CupyFramework.owns(array):
+            return CupyFramework()
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
         from .dlpack import DlpackFramework
 

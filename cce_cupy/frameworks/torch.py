@@ -1,4 +1,4 @@
-"""PyTorch tensors on the CPU, as plain data."""
+"""PyTorch tensors on the CPU and on GPUs, as plain data."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from ..problem import ArraySpec
-from .numpy import Array, HostFramework
+from .framework import Array, Framework
+from .gpu import DeviceView
 
 
-class TorchFramework(HostFramework):
+class TorchFramework(Framework):
     """Tensors; results share memory with nothing of the caller's."""
 
     name = "torch"
@@ -50,6 +51,10 @@ class TorchFramework(HostFramework):
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
+    def device_memory(self, like: Any) -> TorchMemory:
+        """Return what the kernels need of torch on the device of `like`."""
+        return TorchMemory(like.device)
+
     def refuse_autodiff(self, arrays: Mapping[str, Any]) -> None:
         """Raise for tensors that require grad: autograd would find no way back through the loss."""
         if not torch.is_grad_enabled():
@@ -61,3 +66,36 @@ class TorchFramework(HostFramework):
                     "use linear_cross_entropy_value_and_grad or linear_cross_entropy_vjp, "
                     f"or pass {name}.detach()"
                 )
+
+
+class TorchMemory:
+    """A CUDA device as torch sees it: its caching allocator and its current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.device: int = device.index
+        self.stream: int = torch.cuda.current_stream(device).cuda_stream
+
+    def view(self, array: Any) -> DeviceView:
+        """Return where a tensor lies."""
+        return DeviceView(array.data_ptr(), tuple(array.shape), tuple(array.stride()))
+
+    def contiguous(self, array: Any, dtype: str | None = None) -> Any:
+        """Return a tensor's elements contiguous, in a dtype."""
+        chosen = array.dtype if dtype is None else getattr(torch, dtype)
+        return array.detach().to(chosen).contiguous()
+
+    def full(self, shape: tuple[int, ...], dtype: str, value: float | None) -> Any:
+        """Return a new tensor; uninitialised where value is None."""
+        chosen = getattr(torch, dtype)
+        if value is None:
+            return torch.empty(shape, dtype=chosen, device=self._device)
+        return torch.full(shape, value, dtype=chosen, device=self._device)
+
+    def processors(self) -> int:
+        """Return the number of multiprocessors of the device."""
+        return int(torch.cuda.get_device_properties(self._device).multi_processor_count)
+
+    def read_integer(self, array: Any, index: int) -> int:
+        """Return one element, waiting for it."""
+        return int(array[index].item())

@@ -28,7 +28,7 @@ from rich.table import Table
 
 import cce_cupy
 from cce_cupy.cpu.tokens import Arrays
-from cce_cupy.frameworks.numpy import HostCall
+from cce_cupy.frameworks.host import HostCall
 from cce_cupy.plan import make_plan
 from cce_cupy.problem import ArraySpec, Options, Problem
 

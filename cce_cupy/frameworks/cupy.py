@@ -1,0 +1,82 @@
+"""CuPy arrays; and, seen through CuPy, the device arrays of every framework that speaks DLPack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ..compiler import import_cupy
+from ..problem import ArraySpec
+from .framework import Framework
+from .gpu import DeviceView
+
+
+class CupyFramework(Framework):
+    """CuPy arrays."""
+
+    name = "CuPy"
+
+    @staticmethod
+    def owns(array: Any) -> bool:
+        """Tell whether an object is an array of this framework."""
+        return isinstance(array, import_cupy().ndarray)
+
+    def describe(self, name: str, array: Any) -> ArraySpec:
+        """Return what an argument looks like."""
+        return ArraySpec(tuple(array.shape), array.dtype.name, f"cuda:{array.device.id}")
+
+    def device_memory(self, like: Any) -> CupyMemory:
+        """Return what the kernels need of CuPy on the device of `like`."""
+        return CupyMemory(like.device.id)
+
+
+def from_dlpack(array: Any) -> Any:
+    """Return a CuPy array over another framework's device memory, ordered after its work."""
+    try:
+        return import_cupy().from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise TypeError(
+            f"CuPy cannot take this {type(array).__name__} over DLPack: {error}"
+        ) from error
+
+
+class CupyMemory:
+    """A CUDA device as CuPy sees it: its memory pool and its current stream."""
+
+    def __init__(self, device: int) -> None:
+        self._cupy = import_cupy()
+        self.device = device
+        with self._cupy.cuda.Device(device):
+            self.stream: int = self._cupy.cuda.get_current_stream().ptr
+
+    def view(self, array: Any) -> DeviceView:
+        """Return where an array lies."""
+        strides = tuple(stride // array.itemsize for stride in array.strides)
+        return DeviceView(int(array.data.ptr), tuple(array.shape), strides)
+
+    def contiguous(self, array: Any, dtype: str | None = None) -> Any:
+        """Return an array's elements contiguous, in a dtype."""
+        with self._cupy.cuda.Device(self.device):
+            chosen = array.dtype if dtype is None else np.dtype(dtype)
+            return self._cupy.ascontiguousarray(array.astype(chosen, copy=False))
+
+    def full(self, shape: tuple[int, ...], dtype: str, value: float | None) -> Any:
+        """Return a new array; uninitialised where value is None."""
+        chosen = np.dtype(getattr(ml_dtypes, dtype, dtype))
+        with self._cupy.cuda.Device(self.device):
+            array = self._cupy.empty(shape, chosen)
+            if value == 0:
+                array.data.memset_async(0, array.nbytes)
+            elif value is not None:
+                array.fill(value)
+        return array
+
+    def processors(self) -> int:
+        """Return the number of multiprocessors of the device."""
+        return int(self._cupy.cuda.Device(self.device).attributes["MultiProcessorCount"])
+
+    def read_integer(self, array: Any, index: int) -> int:
+        """Return one element, waiting for it."""
+        return int(array[index])

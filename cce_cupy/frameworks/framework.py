@@ -1,0 +1,194 @@
+"""A framework of arrays, and the two roads of a call: over the host, or over a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..plan import Plan
+from ..problem import ArraySpec, Problem, check_upstream
+from . import gpu
+from .host import Arrays, HostCall, HostGradients, Progress
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A loss that has been computed.
+
+    Attributes
+    ----------
+    loss, lse : array
+        Of the caller's kind; lse has the shape of the targets.
+    pullback : callable
+        ``pullback(dloss, dlse) -> (de, dc, dbias)``, of the caller's kind; dlse and dbias may be
+        None.
+    gradients : callable
+        The pullback of ones: the gradients of the sum of what the loss holds.
+    """
+
+    loss: Any
+    lse: Any
+    pullback: Callable[[Any, Any], tuple[Any, Any, Any]]
+    gradients: Callable[[], tuple[Any, Any, Any]]
+
+
+class Framework:
+    """What a call needs of the framework that its arrays are of.
+
+    Subclasses say what an array looks like; how its host memory is seen by NumPy, without copying
+    where that is possible; and what its devices do for the kernels.
+    """
+
+    name: str
+
+    @staticmethod
+    def owns(array: Any) -> bool:
+        """Tell whether an object is an array of this framework."""
+        raise NotImplementedError
+
+    def takes(self, array: Any) -> bool:
+        """Tell whether a gradient may be handed back as this object."""
+        return self.owns(array)
+
+    def describe(self, name: str, array: Any) -> ArraySpec:
+        """Return what an argument looks like; TypeError when it cannot be plain data."""
+        raise NotImplementedError
+
+    def to_host(self, array: Any) -> Array:
+        """Return a NumPy array of the same elements, a view where possible."""
+        raise NotImplementedError
+
+    def from_host(self, array: Array, like: Any) -> Any:
+        """Return an array of the framework, on the device of `like`."""
+        raise NotImplementedError
+
+    def refuse_autodiff(self, arrays: Mapping[str, Any]) -> None:
+        """Raise where the framework would record a call that it cannot differentiate yet."""
+
+    def device_memory(self, like: Any) -> gpu.DeviceMemory:
+        """Return what the kernels need of a framework on the device of `like`."""
+        raise NotImplementedError
+
+    def device_view(self, array: Any) -> Any:
+        """Return a device array as one of the framework that `device_memory` speaks for."""
+        return array
+
+    def from_device(self, array: Any, like: Any) -> Any:
+        """Return an array of this framework over the memory of a result."""
+        return array
+
+    def evaluate(
+        self,
+        problem: Problem,
+        plan: Plan | None,
+        arrays: Mapping[str, Any],
+        *,
+        differentiate: bool,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Compute a loss, and with `differentiate` what its pullback needs.
+
+        A plan is made for the host; without one the arrays are on a device.
+        """
+        like = arrays["e"]
+        if plan is None:
+            return self._evaluate_on_device(problem, arrays, differentiate)
+        host = HostCall(problem, plan, self._host_arrays(arrays), progress)
+        host.run_forward(keep_columns=differentiate)
+
+        def pullback(dloss: Any, dlse: Any) -> tuple[Any, Any, Any]:
+            shape = problem.batch_shape if problem.reduction == "none" else ()
+            upstream = self._upstream("dloss", dloss, shape, problem.device)
+            upstream_lse = None
+            if dlse is not None:
+                upstream_lse = self._upstream("dlse", dlse, problem.batch_shape, problem.device)
+            return returned(host.pullback(upstream, upstream_lse))
+
+        def returned(gradients: HostGradients) -> tuple[Any, Any, Any]:
+            return (
+                self.from_host(gradients.e, like),
+                self.from_host(gradients.c, like),
+                None if gradients.bias is None else self.from_host(gradients.bias, like),
+            )
+
+        return Evaluation(
+            loss=self.from_host(host.loss(), like),
+            lse=self.from_host(host.lse(), like),
+            pullback=pullback,
+            gradients=lambda: returned(host.pullback(np.ones(()), None)),
+        )
+
+    def statistics(
+        self, problem: Problem, plan: Plan | None, arrays: Mapping[str, Any]
+    ) -> tuple[Any, Any, Any, Any]:
+        """Return log_prob, lse, entropy and argmax of each token."""
+        if plan is None:
+            like = arrays["e"]
+            views = {name: self.device_view(array) for name, array in arrays.items()}
+            found = gpu.statistics(self.device_memory(like), problem, views)
+            log_prob, lse, entropy, argmax = (self.from_device(a, like) for a in found)
+            return log_prob, lse, entropy, argmax
+        host = HostCall(problem, plan, self._host_arrays(arrays))
+        host.run_forward(keep_columns=False, statistics=True)
+        like = arrays["e"]
+        log_prob, lse, entropy, argmax = (self.from_host(a, like) for a in host.statistics())
+        return log_prob, lse, entropy, argmax
+
+    def _evaluate_on_device(
+        self, problem: Problem, arrays: Mapping[str, Any], differentiate: bool
+    ) -> Evaluation:
+        like = arrays["e"]
+        memory = self.device_memory(like)
+        views = {name: self.device_view(array) for name, array in arrays.items()}
+        loss, lse, call = gpu.evaluate(memory, problem, views, differentiate=differentiate)
+        by_token = problem.batch_shape if problem.reduction == "none" else ()
+
+        def checked(name: str, given: Any, shape: tuple[int, ...]) -> Any:
+            if isinstance(given, int | float) and not isinstance(given, bool) and shape == ():
+                return memory.full((), problem.accumulator, float(given))
+            self._check_taken(name, given, shape)
+            check_upstream(name, self.describe(name, given), shape, problem.device)
+            return self.device_view(given)
+
+        def returned(gradients: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+            e, c, bias = (
+                None if gradient is None else self.from_device(gradient, like)
+                for gradient in gradients
+            )
+            return e, c, bias
+
+        def pullback(dloss: Any, dlse: Any) -> tuple[Any, Any, Any]:
+            upstream = checked("dloss", dloss, by_token)
+            upstream_lse = None if dlse is None else checked("dlse", dlse, problem.batch_shape)
+            return returned(call.pullback(upstream, upstream_lse))
+
+        return Evaluation(
+            loss=self.from_device(loss, like),
+            lse=None if lse is None else self.from_device(lse, like),
+            pullback=pullback,
+            gradients=lambda: returned(call.pullback(None, None)),
+        )
+
+    def _check_taken(self, name: str, given: Any, shape: tuple[int, ...]) -> None:
+        if not self.takes(given):
+            kind = type(given)
+            raise TypeError(
+                f"{name} must be an array of {self.name} of shape {shape}, "
+                f"got {kind.__module__}.{kind.__qualname__}"
+            )
+
+    def _host_arrays(self, arrays: Mapping[str, Any]) -> Arrays:
+        return Arrays(**{name: self.to_host(array) for name, array in arrays.items()})
+
+    def _upstream(self, name: str, given: Any, shape: tuple[int, ...], device: str) -> Array:
+        if isinstance(given, int | float) and not isinstance(given, bool) and shape == ():
+            return np.asarray(float(given))
+        self._check_taken(name, given, shape)
+        check_upstream(name, self.describe(name, given), shape, device)
+        return self.to_host(given)

@@ -1,0 +1,223 @@
+"""The road from any framework's device arrays through the kernels and back.
+
+The framework of the caller allocates everything, outputs and workspace alike, on its own stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from ..launcher import DeviceInputs, DeviceMatrix, Launcher
+from ..plan import GpuPlan, Room, lay_out, make_gpu_plan
+from ..problem import INTEGER_DTYPES, Problem
+
+_ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class DeviceView(NamedTuple):
+    """Where an array lies: its address, and its strides in elements."""
+
+    pointer: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class DeviceMemory(Protocol):
+    """What a framework does for a call on one of its devices."""
+
+    device: int
+    stream: int
+
+    def view(self, array: Any) -> DeviceView:
+        """Return where an array lies."""
+
+    def contiguous(self, array: Any, dtype: str | None = None) -> Any:
+        """Return an array's elements contiguous, in a dtype; the array itself where it is so."""
+
+    def full(self, shape: tuple[int, ...], dtype: str, value: float | None) -> Any:
+        """Return a new array; uninitialised where value is None."""
+
+    def processors(self) -> int:
+        """Return the number of multiprocessors of the device."""
+
+    def read_integer(self, array: Any, index: int) -> int:
+        """Return one element of an int64 array, waiting for it."""
+
+
+class GpuEvaluation(NamedTuple):
+    """A loss that has been computed, and its lse where it was asked for."""
+
+    loss: Any
+    lse: Any
+    call: GpuCall
+
+
+def evaluate(
+    memory: DeviceMemory, problem: Problem, arrays: Mapping[str, Any], *, differentiate: bool
+) -> GpuEvaluation:
+    """Compute the loss, and with `differentiate` what its pullback needs."""
+    call = GpuCall(memory, problem, arrays)
+    by_token = problem.reduction == "none"
+    sums = problem.accumulator
+    loss = memory.full(problem.batch_shape if by_token else (), sums, 0 if by_token else None)
+    outputs = {"loss": loss}
+    if problem.return_lse:
+        outputs["lse"] = memory.full(problem.batch_shape, sums, 0)
+    call.run_forward(keep_columns=differentiate, outputs=outputs)
+    return GpuEvaluation(loss, outputs.get("lse"), call)
+
+
+def statistics(
+    memory: DeviceMemory, problem: Problem, arrays: Mapping[str, Any]
+) -> tuple[Any, Any, Any, Any]:
+    """Return log_prob, lse, entropy and argmax of each token."""
+    call = GpuCall(memory, problem, arrays)
+    shape, sums = problem.batch_shape, problem.accumulator
+    outputs = {name: memory.full(shape, sums, 0) for name in ("log_prob", "lse", "entropy")}
+    outputs["argmax"] = memory.full(shape, "int64", -1)
+    call.run_forward(keep_columns=False, outputs=outputs)
+    return outputs["log_prob"], outputs["lse"], outputs["entropy"], outputs["argmax"]
+
+
+class _Space:
+    """Workspace: one allocation of the caller's framework, cut into named pieces."""
+
+    def __init__(self, memory: DeviceMemory, room: Room) -> None:
+        self.offsets, size = lay_out(room)
+        self.words = memory.full((max(size // 8, 1),), "int64", None)
+        base = memory.view(self.words).pointer
+        self.addresses = {name: base + offset for name, offset in self.offsets.items()}
+
+
+class GpuCall:
+    """One call on device arrays.
+
+    Parameters
+    ----------
+    memory : DeviceMemory
+    problem : Problem
+    arrays : mapping of str to array
+        By argument name.
+    """
+
+    def __init__(self, memory: DeviceMemory, problem: Problem, arrays: Mapping[str, Any]) -> None:
+        self.memory, self.problem = memory, problem
+        self.plan: GpuPlan = make_gpu_plan(problem, memory.processors())
+        self.held: list[Any] = []
+        self.inputs = self._inputs(arrays)
+        self.saved = _Space(memory, self.plan.saved)
+
+    def run_forward(self, *, keep_columns: bool, outputs: Mapping[str, Any]) -> None:
+        """Compute the outputs: arrays by the names that `Launcher.finish` gives them."""
+        filtered = keep_columns and self.plan.gradient_filter is not None
+        room = _Space(self.memory, self.plan.forward)
+        launcher = self._launcher(room)
+        addresses = {name: self.memory.view(array).pointer for name, array in outputs.items()}
+        saved = self.saved.addresses
+        launcher.fill_words(saved["unbounded"], self.plan.saved["unbounded"])
+        launcher.map_rows()
+        if self.problem.check_targets:
+            self._check_targets()
+        launcher.forward(bits=saved["bits"] if filtered else 0, statistics="argmax" in outputs)
+        launcher.finish(**addresses, unbounded=saved["unbounded"])
+
+    def pullback(self, dloss: Any | None, dlse: Any | None) -> tuple[Any, Any, Any]:
+        """Return the gradients for upstream gradients; dloss of None stands for ones."""
+        problem, memory = self.problem, self.memory
+        room = _Space(memory, self.plan.backward)
+        launcher = self._launcher(room)
+        kept = [
+            None if given is None else memory.contiguous(given, problem.accumulator)
+            for given in (dloss, dlse)
+        ]
+        dloss_at, dlse_at = (0 if a is None else memory.view(a).pointer for a in kept)
+        # Rows that no token maps to are zero; dC is written whole.
+        de = memory.full((*problem.batch_shape, problem.dim), problem.dtype, 0)
+        dc = memory.full((problem.vocab, problem.dim), problem.dtype, None)
+        dbias = memory.full((problem.vocab,), problem.dtype, None) if problem.has_bias else None
+        saved = self.saved.addresses
+        launcher.fill_words(room.addresses["passed"], 8)
+        launcher.backward(
+            dloss=dloss_at,
+            dlse=dlse_at,
+            bits=saved["bits"],
+            unbounded=saved["unbounded"],
+            de=memory.view(de).pointer,
+            dc=memory.view(dc).pointer,
+            dbias=0 if dbias is None else memory.view(dbias).pointer,
+            passed=room.addresses["passed"],
+        )
+        return de, dc, dbias
+
+    def _launcher(self, room: _Space) -> Launcher:
+        addresses = self.saved.addresses | room.addresses
+        memory = self.memory
+        return Launcher(
+            self.problem, self.plan, self.inputs, addresses, memory.device, memory.stream
+        )
+
+    def _check_targets(self) -> None:
+        offset = self.saved.offsets["first_wrong"] // 8
+        wrong = self.memory.read_integer(self.saved.words, offset)
+        if wrong < self.problem.tokens:
+            raise ValueError(
+                f"targets must lie in [0, {self.problem.vocab}) or equal "
+                f"ignore_index={self.problem.ignore_index}; the first that does not is number "
+                f"{wrong} of the flattened targets"
+            )
+
+    def _inputs(self, arrays: Mapping[str, Any]) -> DeviceInputs:
+        sums = self.problem.accumulator
+        targets = self._keep(self.memory.contiguous(arrays["targets"]))
+        dtype = str(arrays["targets"].dtype).removeprefix("torch.")
+        assert dtype in INTEGER_DTYPES
+        return DeviceInputs(
+            e=self._matrix(arrays["e"]),
+            c=self._matrix(arrays["c"]),
+            targets=targets.pointer,
+            target_bytes=int(dtype.removeprefix("u").removeprefix("int")) // 8,
+            target_signed=not dtype.startswith("u"),
+            bias=self._vector(arrays, "bias", None),
+            class_weight=self._vector(arrays, "class_weight", sums),
+            token_weight=self._vector(arrays, "token_weight", sums),
+        )
+
+    def _vector(self, arrays: Mapping[str, Any], name: str, dtype: str | None) -> int:
+        if name not in arrays:
+            return 0
+        return self._keep(self.memory.contiguous(arrays[name], dtype)).pointer
+
+    def _keep(self, array: Any) -> DeviceView:
+        # The pullback refers to it too.
+        self.held.append(array)
+        return self.memory.view(array)
+
+    def _matrix(self, array: Any) -> DeviceMatrix:
+        view = self._keep(array)
+        stride = _row_stride(view)
+        if stride is None:
+            view = self._keep(self.memory.contiguous(array))
+            stride = self.problem.dim
+        group = 4 * _ITEMSIZE[self.problem.dtype]
+        aligned = view.pointer % group == 0 and stride % 4 == 0
+        return DeviceMatrix(view.pointer, stride, aligned)
+
+
+def _row_stride(view: DeviceView) -> int | None:
+    """Return the one distance between the rows of an array (..., D), None where there is none."""
+    *shape, dim = view.shape
+    *strides, inner = view.strides
+    if inner != 1 and dim > 1:
+        return None
+    distance, step = None, None
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if distance is None:
+            distance, step = stride, stride * size
+        elif stride == step:
+            step = stride * size
+        else:
+            return None
+    return dim if distance is None else distance

@@ -1,0 +1,332 @@
+"""Plan, raw pointers and a stream to kernel launches. Allocates nothing, synchronises nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .compiler import import_cupy, kernel
+from .plan import MARGIN, GpuPlan
+from .problem import Problem
+
+BLOCK_M = 128
+"""kBlockM of kernels_cu/portable/product.cuh."""
+
+_THREADS = 256
+_WALKERS = 1024
+
+# Mirrors of the structs that kernels take by value, in the C compiler's layout.
+_POINTER, _INT64, _INT32, _FLOAT64 = np.uint64, np.int64, np.int32, np.float64
+
+
+def _struct(**fields: Any) -> np.dtype[Any]:
+    return np.dtype(list(fields.items()), align=True)
+
+
+_MATRIX = _struct(data=_POINTER, stride=_INT64, aligned=_INT32)
+_LOGIT_OPTIONS = _struct(scale=_FLOAT64, softcap=_FLOAT64)
+_FILTER = _struct(eps=_FLOAT64, slack=_FLOAT64, unbiased=_INT32)
+_ROW_MAP = _struct(
+    source=_POINTER, position=_POINTER, target=_POINTER, count=_POINTER, seed=_POINTER
+)
+_TARGETS = _struct(data=_POINTER, bytes=_INT32, is_signed=_INT32)
+_SEGMENT_FIELDS = (
+    "reference", "rest", "target_logit", "smoothed", "total", "weighted", "best", "argmax",
+)  # fmt: skip
+_SEGMENT_SUMS = _struct(**dict.fromkeys(_SEGMENT_FIELDS, _POINTER))
+_SEGMENTS = _struct(**dict.fromkeys(_SEGMENT_FIELDS, _POINTER), number=_INT64, capacity=_INT64)
+_LOSS_OPTIONS = _struct(label_smoothing=_FLOAT64, z_loss=_FLOAT64)
+_WEIGHTS = _struct(of_class=_POINTER, of_token=_POINTER, smoothing_total=_POINTER)
+_LISTS = _struct(column=_POINTER, before=_POINTER, width=_INT32)
+_ROW_FACTORS = _struct(softmax=_POINTER, onehot=_POINTER, smoothing=_POINTER)
+_RECORDS = _struct(dz=_POINTER, column=_POINTER)
+
+
+def _pack(layout: np.dtype[Any], *values: Any) -> np.ndarray[Any, Any]:
+    packed = np.zeros((), layout)
+    packed[()] = values
+    return packed
+
+
+class DeviceMatrix(NamedTuple):
+    """Rows in device memory, `stride` elements apart; aligned for groups of four elements."""
+
+    pointer: int
+    stride: int
+    aligned: bool
+
+
+class DeviceInputs(NamedTuple):
+    """The array arguments of a call as device addresses; 0 for those that were not given.
+
+    Weights are in the dtype of the sums; targets of `target_bytes` each.
+    """
+
+    e: DeviceMatrix
+    c: DeviceMatrix
+    targets: int
+    target_bytes: int
+    target_signed: bool
+    bias: int
+    class_weight: int
+    token_weight: int
+
+
+class Launcher:
+    """The launches of one call on one device and stream.
+
+    Parameters
+    ----------
+    problem : Problem
+    plan : GpuPlan
+    inputs : DeviceInputs
+    room : mapping of str to int
+        Addresses of the pieces of workspace that the plan lists, by name.
+    device : int
+    stream : int
+        The raw handle.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        plan: GpuPlan,
+        inputs: DeviceInputs,
+        room: Mapping[str, int],
+        device: int,
+        stream: int,
+    ) -> None:
+        self.problem, self.plan, self.inputs, self.room = problem, plan, inputs, room
+        self.device = device
+        self.stream = import_cupy().cuda.ExternalStream(stream, device)
+        e, c = inputs.e, inputs.c
+        self.e = _pack(_MATRIX, e.pointer, e.stride, e.aligned)
+        self.c = _pack(_MATRIX, c.pointer, c.stride, c.aligned)
+        self.logit_options = _pack(_LOGIT_OPTIONS, problem.logit_scale, problem.softcap or 0.0)
+        self.loss_options = _pack(_LOSS_OPTIONS, problem.label_smoothing, problem.z_loss)
+        self.map = _pack(
+            _ROW_MAP, *(room[name] for name in ("source", "position", "target", "count", "seed"))
+        )
+        self.no_map = _pack(_ROW_MAP, 0, 0, 0, 0, 0)
+        self.weights = _pack(
+            _WEIGHTS,
+            inputs.class_weight,
+            inputs.token_weight,
+            room["smoothing_total"] if plan.smooths else 0,
+        )
+
+    def launch(
+        self,
+        file: str,
+        name: str,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        *arguments: Any,
+    ) -> None:
+        """Launch a kernel; a grid without blocks is no launch."""
+        if 0 in grid:
+            return
+        function = kernel(self.device, f"portable/{file}.cu", name, self.problem.dtype)
+        function(grid, block, arguments, stream=self.stream)
+
+    def map_rows(self) -> None:
+        """Find the rows that count, the classes' weights, and zero what only some rows write."""
+        problem, room, plan = self.problem, self.room, self.plan
+        targets = _pack(
+            _TARGETS, self.inputs.targets, self.inputs.target_bytes, self.inputs.target_signed
+        )
+        length = problem.batch_shape[-1] if problem.batch_shape else 1
+        self.launch(
+            "tokens", "map_rows", (1,), (_WALKERS,),
+            targets, np.int64(problem.tokens), np.int64(max(length, 1)), np.int64(problem.shift),
+            np.int64(problem.ignore_index), np.int64(problem.vocab),
+            np.int32(problem.seed is not None), np.uint64(problem.seed or 0),
+            *(np.uint64(room[name]) for name in (
+                "source", "position", "target", "count", "seed", "first_wrong")),
+        )  # fmt: skip
+        if plan.smooths:
+            self.launch(
+                "tokens", "smoothing_weights", (1,), (_WALKERS,),
+                np.uint64(self.inputs.bias), np.uint64(self.inputs.class_weight),
+                np.int64(problem.vocab), np.float64(problem.label_smoothing),
+                np.uint64(room["smoothing"]), np.uint64(room["smoothing_total"]),
+            )  # fmt: skip
+
+    def fill_words(self, pointer: int, nbytes: int, value: int = 0) -> None:
+        """Set 8-byte words of workspace."""
+        blocks = min(-(-nbytes // 8 // _THREADS), 1024)
+        self.launch(
+            "tokens", "fill_integers", (blocks,), (_THREADS,),
+            np.uint64(pointer), np.int64(nbytes // 8), np.int64(value),
+        )  # fmt: skip
+
+    def forward(self, *, bits: int, statistics: bool) -> None:
+        """Visit every logit; leave the segments' sums, and the bits where asked for."""
+        problem, plan, room = self.problem, self.plan, self.room
+        dim, vocab = np.int64(problem.dim), np.int64(problem.vocab)
+        self.launch(
+            "forward", "first_bound", (plan.tiles,), (_THREADS,),
+            self.e, self.c, np.uint64(self.inputs.bias), dim, self.logit_options, self.map,
+            np.uint64(room["bound"]),
+        )  # fmt: skip
+        sums = [room[f"segment_{name}"] for name in _SEGMENT_FIELDS[:4]]
+        sums += [room[f"segment_{name}"] if statistics else 0 for name in _SEGMENT_FIELDS[4:]]
+        self.launch(
+            "forward", "forward_statistics" if statistics else "forward",
+            (plan.tiles, plan.segments), (_THREADS,),
+            self.e, self.c, np.uint64(self.inputs.bias),
+            np.uint64(room["smoothing"] if plan.smooths else 0), dim, vocab,
+            np.int64(plan.segment_columns), np.int64(plan.capacity), self.logit_options,
+            self.filter(), self.map, np.uint64(room["bound"]), _pack(_SEGMENT_SUMS, *sums),
+            np.uint64(bits), np.int64(plan.words),
+        )  # fmt: skip
+
+    def filter(self) -> np.ndarray[Any, Any]:
+        """Return the filter in force."""
+        plan = self.plan
+        unbiased = plan.gradient_filter == "unbiased"
+        return _pack(_FILTER, plan.filter_eps, np.exp(-MARGIN), unbiased)
+
+    def finish(
+        self,
+        *,
+        loss: int = 0,
+        lse: int = 0,
+        log_prob: int = 0,
+        entropy: int = 0,
+        argmax: int = 0,
+        unbounded: int = 0,
+    ) -> None:
+        """Merge the segments, place what depends on tokens, and reduce the loss."""
+        problem, plan, room = self.problem, self.plan, self.room
+        by_token = problem.reduction == "none"
+        statistics = argmax != 0
+        sums = [room[f"segment_{name}"] for name in _SEGMENT_FIELDS[:4]]
+        sums += [room[f"segment_{name}"] if statistics else 0 for name in _SEGMENT_FIELDS[4:]]
+        parts = _pack(_SEGMENTS, *sums, plan.segments if problem.vocab else 0, plan.capacity)
+        self.launch(
+            "tokens", "finish_rows", (-(-plan.capacity // _THREADS),), (_THREADS,),
+            self.map, parts, self.loss_options, self.weights,
+            np.uint64(room["row_loss"]), np.uint64(room["row_lse"]),
+            np.uint64(loss if by_token else 0),
+            *(np.uint64(p) for p in (lse, log_prob, entropy, argmax, unbounded)),
+        )  # fmt: skip
+        self.launch(
+            "tokens", "reduce_loss", (1,), (_WALKERS,),
+            self.map, self.weights, np.int32(problem.reduction == "mean"),
+            np.uint64(room["row_loss"]), np.uint64(room["normalizer"]),
+            np.uint64(0 if by_token else loss),
+        )  # fmt: skip
+
+    def backward(
+        self,
+        *,
+        dloss: int,
+        dlse: int,
+        bits: int,
+        unbounded: int,
+        de: int,
+        dc: int,
+        dbias: int,
+        passed: int,
+    ) -> None:
+        """Form the gradients, one range of columns at a time."""
+        problem, plan, room = self.problem, self.plan, self.room
+        sums_bytes = 8 if problem.accumulator == "float64" else 4
+        self.launch(
+            "tokens", "row_factors", (-(-plan.capacity // _THREADS),), (_THREADS,),
+            self.map, self.loss_options, self.weights, np.uint64(self.inputs.bias),
+            *(np.uint64(room[name]) for name in ("normalizer", "row_lse")),
+            np.uint64(dloss), np.int32(problem.reduction == "none"), np.uint64(dlse),
+            *(np.uint64(room[f"factor_{name}"]) for name in ("softmax", "onehot", "smoothing")),
+        )  # fmt: skip
+        rank_one = plan.smooths and problem.softcap is None
+        if rank_one:
+            self._smoothing_sums()
+        for sweep in plan.sweeps:
+            for left in range(0, problem.vocab, plan.range_columns):
+                right = min(left + plan.range_columns, problem.vocab)
+                self._range(sweep, left, right, bits, unbounded, de, dc, dbias, passed, sums_bytes)
+
+    def _smoothing_sums(self) -> None:
+        problem, plan, room = self.problem, self.plan, self.room
+        dim = np.int64(problem.dim)
+        grid = (-(-problem.dim // 32), plan.smoothing_parts)
+        self.launch(
+            "backward", "weighted_rows", grid, (32, 8),
+            self.c, np.int64(problem.vocab), dim, self.no_map, np.uint64(room["smoothing"]),
+            np.uint64(room["smoothing_classifier"]),
+        )  # fmt: skip
+        self.launch(
+            "backward", "weighted_rows", grid, (32, 8),
+            self.e, np.int64(0), dim, self.map, np.uint64(room["factor_smoothing"]),
+            np.uint64(room["smoothing_embedding"]),
+        )  # fmt: skip
+        self.launch(
+            "backward", "sum_rows", (1,), (_THREADS,),
+            self.map, np.uint64(room["factor_smoothing"]), np.uint64(room["smoothing_rows"]),
+        )  # fmt: skip
+
+    def _range(
+        self,
+        sweep: Any,
+        left: int,
+        right: int,
+        bits: int,
+        unbounded: int,
+        de: int,
+        dc: int,
+        dbias: int,
+        passed: int,
+        sums_bytes: int,
+    ) -> None:
+        problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
+        dim, first, last = np.int64(problem.dim), left == 0, right == problem.vocab
+        width = -(-(right - left) // BLOCK_M) * BLOCK_M
+        block_n = 64 if sums_bytes == 8 else 128
+        lists = _pack(_LISTS, room["list_column"], room["list_before"], width)
+        with_bias = dbias if sweep.c else 0
+        records = _pack(_RECORDS, room["dz"], room["dz_column"] if with_bias else 0)
+        factors = _pack(
+            _ROW_FACTORS, *(room[f"factor_{name}"] for name in ("softmax", "onehot", "smoothing"))
+        )
+        rank_one = plan.smooths and problem.softcap is None
+        smoothing = room["smoothing"] if plan.smooths else 0
+        parts = np.int32(plan.smoothing_parts)
+        scale = np.float64(problem.logit_scale)
+        span = np.int64(left), np.int64(right)
+        filter_ = self.filter() if sweep.filtered else _pack(_FILTER, 0.0, 1.0, 0)
+        self.launch(
+            "backward", "list_columns", (plan.tiles,), (_THREADS,),
+            self.map, np.uint64(bits if sweep.filtered else 0), np.int64(plan.words),
+            np.uint64(unbounded), *span, lists,
+        )  # fmt: skip
+        counts = sweep.filtered and (sweep.c or not problem.filter_c_grad)
+        self.launch(
+            "backward", "dlogits", (width // block_n, plan.tiles), (_THREADS,),
+            self.e, self.c, np.uint64(inputs.bias), dim, span[0], self.logit_options, filter_,
+            self.map, lists, np.uint64(room["row_lse"]), factors,
+            np.uint64(0 if rank_one else smoothing), records,
+            np.uint64(passed if counts else 0),
+        )  # fmt: skip
+        d_blocks = -(-problem.dim // block_n)
+        if sweep.e:
+            self.launch(
+                "backward", "dembedding", (d_blocks, plan.tiles), (_THREADS,),
+                self.c, np.uint64(inputs.bias), dim, span[0], scale, self.map, lists, records,
+                np.uint64(room["factor_smoothing"]),
+                np.uint64(room["smoothing_classifier"] if rank_one else 0), parts,
+                np.uint64(room["de_sums"]), np.int32(first), np.int32(last), np.uint64(de),
+            )  # fmt: skip
+        if sweep.c:
+            self.launch(
+                "backward", "dclassifier", (width // BLOCK_M, max(d_blocks, 1)), (_THREADS,),
+                self.e, dim, *span, scale, self.map, lists, records,
+                np.int64(0), np.int64(plan.tiles), np.uint64(smoothing),
+                np.uint64(room["smoothing_embedding"] if rank_one else 0), parts,
+                np.uint64(room["smoothing_rows"] if rank_one else 0),
+                np.uint64(0), np.uint64(0), np.int32(1), np.int32(1),
+                np.uint64(dc), np.uint64(with_bias),
+            )  # fmt: skip

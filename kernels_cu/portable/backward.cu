@@ -1,0 +1,367 @@
+// The backward on kept columns, one range of columns at a time: their lists, dz, and the products
+// with it. Each sum has one writer and one order.
+
+#include "../columns.cuh"
+#include "../logits.cuh"
+#include "product.cuh"
+#include "rows.cuh"
+
+namespace cce {
+
+// The columns of a range that each row tile works on, ascending.
+struct Lists {
+  int* column;   // (tiles, width): offset of a listed column from the range's first
+  int* before;   // (tiles, width / kBlockM + 1): listed columns before each block of kBlockM
+  int width;     // columns of the range, rounded up to kBlockM
+};
+
+struct RowFactors {
+  const Sum* softmax;
+  const Sum* onehot;
+  const Sum* smoothing;
+};
+
+// dz of a range: a record of kRowTile sums for each listed column, and each record's own sum.
+struct Records {
+  Sum* dz;      // (tiles, width, kRowTile)
+  Sum* column;  // (tiles, width), or null
+};
+
+#if CCE_DTYPE == 0
+using Bits = unsigned long long;
+__device__ __forceinline__ Bits as_bits(double x) { return __double_as_longlong(x); }
+__device__ __forceinline__ double from_bits(Bits x) { return __longlong_as_double(x); }
+#else
+using Bits = unsigned int;
+__device__ __forceinline__ Bits as_bits(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float from_bits(Bits x) { return __uint_as_float(x); }
+#endif
+
+// A row of c; those of removed entries as zeros, since zero times NaN is NaN.
+__device__ __forceinline__ const Storage* present_row(const Matrix& c, const Storage* bias,
+                                                      int64 column) {
+  const bool removed =
+      bias != nullptr && widen(bias[column]) == -static_cast<Sum>(infinity());
+  return removed ? nullptr : c.row(column);
+}
+
+}  // namespace cce
+
+using namespace cce;
+
+// List the kept columns of a range for each row tile; bits that are null keep all. Grid: row tiles.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    list_columns(RowMap map, const uint32* bits, int64 words, const int* unbounded, int64 left,
+                 int64 right, Lists lists) {
+  const int64 tile = blockIdx.x;
+  if (tile * kRowTile >= *map.count) return;
+  const bool all = bits == nullptr || unbounded[tile] != 0;
+  const int width = static_cast<int>(right - left);
+  int* column = lists.column + tile * lists.width;
+  int* before = lists.before + tile * (lists.width / kBlockM + 1);
+  // One warp walks the words: a range has few of them.
+  if (threadIdx.x >= 32) return;
+  constexpr int kWordsInBlock = kBlockM / kColumnChunk;
+  int listed = 0;
+  for (int start = 0; start * kColumnChunk < lists.width; start += 32) {
+    const int word = start + threadIdx.x, first = word * kColumnChunk;
+    uint32 kept = 0;
+    if (first < width) {
+      kept = all ? ~0u : bits[tile * words + left / kColumnChunk + word];
+      if (width - first < kColumnChunk) kept &= (1u << (width - first)) - 1u;
+    }
+    int upto = __popc(kept);
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(~0u, upto, step);
+      if (threadIdx.x >= step) upto += other;
+    }
+    int at = listed + upto - __popc(kept);
+    if (word % kWordsInBlock == 0 && first < lists.width) before[word / kWordsInBlock] = at;
+    for (uint32 rest = kept; rest != 0; rest &= rest - 1) column[at++] = first + __ffs(rest) - 1;
+    listed += __shfl_sync(~0u, upto, 31);
+  }
+  if (threadIdx.x == 0) before[lists.width / kBlockM] = listed;
+}
+
+// Recompute the logits of listed columns and form their dz. Grid: (column blocks, row tiles).
+extern "C" __global__ void __launch_bounds__(kThreads)
+    dlogits(Matrix e, Matrix c, const Storage* bias, int64 dim, int64 left, LogitOptions options,
+            Filter filter, RowMap map, Lists lists, const Sum* lse, RowFactors factors,
+            const Sum* smoothing, Records records, unsigned long long* passed) {
+  const int64 tile = blockIdx.y, top = tile * kRowTile, count = *map.count;
+  if (top >= count) return;
+  const int listed = lists.before[tile * (lists.width / kBlockM + 1) + lists.width / kBlockM];
+  const int first = blockIdx.x * kBlockN;
+  if (first >= listed) return;
+  __shared__ ProductStages stages;
+  __shared__ Bits largest[kBlockN];
+  __shared__ Sum weight[kBlockN];
+  __shared__ Sum column_sum[kSide][kBlockN];
+  const int* column = lists.column + tile * lists.width;
+  const int rows = static_cast<int>(min(static_cast<int64>(kRowTile), count - top));
+  const int columns = min(kBlockN, listed - first);
+  if (threadIdx.x < kBlockN) largest[threadIdx.x] = 0;
+
+  AlongDepth<Storage, kBlockM> a(
+      [&](int row) { return row < rows ? e.row(map.source[top + row]) : nullptr; }, dim,
+      e.aligned != 0);
+  AlongDepth<Storage, kBlockN> b(
+      [&](int x) {
+        return x < columns ? present_row(c, bias, left + column[first + x]) : nullptr;
+      },
+      dim, c.aligned != 0);
+  Sum z[kThreadM][kThreadN] = {};
+  multiply(stages, a, b, static_cast<int>(dim), z);
+
+  // Probabilities; and for each column the largest, where a target counts as 1.
+  int at[kThreadN];
+#pragma unroll
+  for (int j = 0; j < kThreadN; ++j) {
+    const int x = place(thread_n(), j);
+    at[j] = x < columns ? column[first + x] : -1;
+  }
+  Sum bend[kThreadM][kThreadN];
+#pragma unroll
+  for (int j = 0; j < kThreadN; ++j) {
+    Bits most = 0;
+#pragma unroll
+    for (int i = 0; i < kThreadM; ++i) {
+      const int row = place(thread_m(), i);
+      bend[i][j] = Sum(1);
+      if (row >= rows || at[j] < 0) {
+        z[i][j] = 0;
+        continue;
+      }
+      const Logit logit = make_logit(z[i][j], bias, left + at[j], options);
+      bend[i][j] = logit.removed ? Sum(0) : slope(logit.value, options);
+      z[i][j] = logit.removed ? Sum(0) : exponential(logit.value - lse[top + row]);
+      const bool own = map.target[top + row] == left + at[j];
+      most = max(most, as_bits(own ? Sum(1) : z[i][j]));
+    }
+    if (filter.eps > 0.0) atomicMax(&largest[place(thread_n(), j)], most);
+  }
+  __syncthreads();
+  if (threadIdx.x < kBlockN) {
+    const int x = threadIdx.x;
+    Sum w = x < columns ? Sum(1) : Sum(0);
+    if (filter.eps > 0.0 && x < columns) {
+      const Sum eps = static_cast<Sum>(filter.eps), found = from_bits(largest[x]);
+      // Comparisons are written so that a NaN is kept, with weight 1.
+      if (filter.unbiased) {
+        const int64 chunk = (left + column[first + x]) / kColumnChunk;
+        const Sum u = uniform(*map.seed, tile, chunk);
+        if (found < eps) w = found < eps * u ? Sum(0) : eps / found;
+      } else if (found < eps) {
+        w = 0;
+      }
+    }
+    weight[x] = w;
+    const uint32 kept = __ballot_sync(~0u, w != Sum(0));
+    if (passed != nullptr && x % 32 == 0)
+      atomicAdd(passed, static_cast<unsigned long long>(__popc(kept)));
+  }
+  __syncthreads();
+
+  Sum* record = records.dz + (tile * lists.width + first) * kRowTile;
+#pragma unroll
+  for (int j = 0; j < kThreadN; ++j) {
+    const int x = place(thread_n(), j);
+    const Sum w = weight[x];
+    Sum sum = 0;
+#pragma unroll
+    for (int i = 0; i < kThreadM; ++i) {
+      const int row = place(thread_m(), i);
+      Sum dz = 0;
+      if (row < rows && at[j] >= 0) {
+        dz = z[i][j] * w * factors.softmax[top + row];
+        if (map.target[top + row] == left + at[j]) dz -= factors.onehot[top + row];
+        if (smoothing != nullptr) dz -= factors.smoothing[top + row] * smoothing[left + at[j]];
+        dz *= bend[i][j];
+      }
+      z[i][j] = dz;
+      sum += dz;
+    }
+    column_sum[thread_m()][x] = sum;
+    if (at[j] < 0) continue;
+#pragma unroll
+    for (int i = 0; i < kThreadM; i += kVector) {
+      Word word;
+#pragma unroll
+      for (int l = 0; l < kVector; ++l) word.value[l] = z[i + l][j];
+      *reinterpret_cast<Word*>(&record[static_cast<int64>(x) * kRowTile + place(thread_m(), i)]) =
+          word;
+    }
+  }
+  if (records.column == nullptr) return;
+  __syncthreads();
+  if (threadIdx.x < columns) {
+    Sum sum = 0;
+    for (int i = 0; i < kSide; ++i) sum += column_sum[i][threadIdx.x];
+    records.column[tile * lists.width + first + threadIdx.x] = sum;
+  }
+}
+
+// dE of a row tile: its part of this range, added to those of the ranges before.
+// Grid: (blocks of D, row tiles).
+extern "C" __global__ void __launch_bounds__(kThreads)
+    dembedding(Matrix c, const Storage* bias, int64 dim, int64 left, double scale, RowMap map,
+               Lists lists, Records records, const Sum* row_smoothing,
+               const double* smoothing_classifier, int parts, Sum* sums, int first, int last,
+               Storage* out) {
+  const int64 tile = blockIdx.y, top = tile * kRowTile, count = *map.count;
+  if (top >= count) return;
+  __shared__ ProductStages stages;
+  const int64 start = blockIdx.x * static_cast<int64>(kBlockN);
+  const int* column = lists.column + tile * lists.width;
+  const int listed = lists.before[tile * (lists.width / kBlockM + 1) + lists.width / kBlockM];
+  const Sum* record = records.dz + tile * lists.width * kRowTile;
+  auto dz = [&](int k) { return record + static_cast<int64>(k) * kRowTile; };
+  auto classifier = [&](int k) {
+    const Storage* row = present_row(c, bias, left + column[k]);
+    return row == nullptr ? nullptr : row + start;
+  };
+  AcrossDepth<Sum, kBlockM, decltype(dz)> a{dz, listed, kRowTile, true};
+  AcrossDepth<Storage, kBlockN, decltype(classifier)> b{
+      classifier, listed, static_cast<int>(min(dim - start, static_cast<int64>(kBlockN))),
+      c.aligned != 0};
+  Sum product[kThreadM][kThreadN] = {};
+  multiply(stages, a, b, listed, product);
+#pragma unroll
+  for (int i = 0; i < kThreadM; ++i) {
+    const int64 row = top + place(thread_m(), i);
+    if (row >= count) continue;
+#pragma unroll
+    for (int j = 0; j < kThreadN; ++j) {
+      const int64 d = start + place(thread_n(), j);
+      if (d >= dim) continue;
+      Sum sum = product[i][j];
+      if (!first) sum += sums[row * dim + d];
+      if (!last) {
+        sums[row * dim + d] = sum;
+        continue;
+      }
+      if (smoothing_classifier != nullptr) {
+        double whole = 0;
+        for (int part = 0; part < parts; ++part) whole += smoothing_classifier[part * dim + d];
+        sum -= row_smoothing[row] * static_cast<Sum>(whole);
+      }
+      out[map.source[row] * dim + d] = narrow(sum * static_cast<Sum>(scale));
+    }
+  }
+}
+
+// dC and dbias of a range, from every row tile in turn; tiles that list none of a block's columns
+// are passed over. Grid: (column blocks of kBlockM, blocks of D).
+extern "C" __global__ void __launch_bounds__(kThreads)
+    dclassifier(Matrix e, int64 dim, int64 left, int64 right, double scale, RowMap map,
+                Lists lists, Records records, int64 tile_begin, int64 tile_end,
+                const Sum* smoothing, const double* smoothing_embedding, int parts,
+                const double* row_smoothing_total, Sum* sums, Sum* bias_sums, int first, int last,
+                Storage* out, Storage* bias_out) {
+  __shared__ ProductStages stages;
+  __shared__ int slot[kBlockM];
+  const int block = blockIdx.x;
+  const int64 start = blockIdx.y * static_cast<int64>(kBlockN);
+  const int64 count = *map.count;
+  Sum product[kThreadM][kThreadN] = {};
+  Sum bias_sum = 0;
+  const int64 tiles = min(tile_end, (count + kRowTile - 1) / kRowTile);
+  for (int64 tile = tile_begin; tile < tiles; ++tile) {
+    const int* before = lists.before + tile * (lists.width / kBlockM + 1) + block;
+    const int begin = before[0], end = before[1];
+    if (begin == end) continue;
+    __syncthreads();
+    if (threadIdx.x < kBlockM) slot[threadIdx.x] = -1;
+    __syncthreads();
+    if (threadIdx.x < end - begin) {
+      const int at = begin + threadIdx.x;
+      slot[lists.column[tile * lists.width + at] - block * kBlockM] = at;
+    }
+    __syncthreads();
+    const int64 base = tile * lists.width, top = tile * kRowTile;
+    const int rows = static_cast<int>(min(static_cast<int64>(kRowTile), count - top));
+    AlongDepth<Sum, kBlockM> a(
+        [&](int x) {
+          return slot[x] < 0 ? nullptr : records.dz + (base + slot[x]) * kRowTile;
+        },
+        rows, true);
+    auto embedding = [&](int k) { return e.row(map.source[top + k]) + start; };
+    AcrossDepth<Storage, kBlockN, decltype(embedding)> b{
+        embedding, rows, static_cast<int>(min(dim - start, static_cast<int64>(kBlockN))),
+        e.aligned != 0};
+    multiply(stages, a, b, rows, product);
+    if (records.column != nullptr && threadIdx.x < kBlockM && slot[threadIdx.x] >= 0)
+      bias_sum += records.column[base + slot[threadIdx.x]];
+  }
+#pragma unroll
+  for (int i = 0; i < kThreadM; ++i) {
+    const int64 x = block * static_cast<int64>(kBlockM) + place(thread_m(), i);
+    const int64 column = left + x;
+    if (column >= right) continue;
+#pragma unroll
+    for (int j = 0; j < kThreadN; ++j) {
+      const int64 d = start + place(thread_n(), j);
+      if (d >= dim) continue;
+      Sum sum = product[i][j];
+      if (!first) sum += sums[x * dim + d];
+      if (!last) {
+        sums[x * dim + d] = sum;
+        continue;
+      }
+      if (smoothing_embedding != nullptr) {
+        double whole = 0;
+        for (int part = 0; part < parts; ++part) whole += smoothing_embedding[part * dim + d];
+        sum -= smoothing[column] * static_cast<Sum>(whole);
+      }
+      out[column * dim + d] = narrow(sum * static_cast<Sum>(scale));
+    }
+  }
+  if (bias_out == nullptr || blockIdx.y != 0 || threadIdx.x >= kBlockM) return;
+  const int64 x = block * static_cast<int64>(kBlockM) + threadIdx.x, column = left + x;
+  if (column >= right) return;
+  if (!first) bias_sum += bias_sums[x];
+  if (!last) {
+    bias_sums[x] = bias_sum;
+    return;
+  }
+  if (row_smoothing_total != nullptr)
+    bias_sum -= smoothing[column] * static_cast<Sum>(*row_smoothing_total);
+  bias_out[column] = narrow(bias_sum);
+}
+
+// Parts of sum over rows of weight[row] * matrix[row]: out is (gridDim.y, dim), summed up where it
+// is used. Rows are those of the map where it has any, else the first `rows` as they are; rows of
+// removed entries and those of weight 0 are left out. Block: (32, 8). Grid: (blocks of 32, parts).
+extern "C" __global__ void weighted_rows(Matrix matrix, int64 rows, int64 dim, RowMap map,
+                                         const Sum* weight, double* out) {
+  __shared__ double partial[8][32];
+  const int64 d = blockIdx.x * 32ll + threadIdx.x;
+  const int64 number = map.source == nullptr ? rows : *map.count;
+  double sum = 0;
+  if (d < dim)
+    for (int64 i = blockIdx.y * 8ll + threadIdx.y; i < number; i += gridDim.y * 8ll) {
+      const Sum w = weight[i];
+      const int64 row = map.source == nullptr ? i : map.source[i];
+      if (w != Sum(0)) sum += static_cast<double>(w) * static_cast<double>(widen(matrix.row(row)[d]));
+    }
+  partial[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || d >= dim) return;
+  for (int i = 1; i < 8; ++i) sum += partial[i][threadIdx.x];
+  out[blockIdx.y * dim + d] = sum;
+}
+
+// The sum of the rows' factors of label smoothing. One block.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    sum_rows(RowMap map, const Sum* value, double* total) {
+  __shared__ double partial[kThreads];
+  double sum = 0;
+  for (int64 i = threadIdx.x; i < *map.count; i += kThreads) sum += static_cast<double>(value[i]);
+  partial[threadIdx.x] = sum;
+  for (int step = kThreads / 2; step > 0; step /= 2) {
+    __syncthreads();
+    if (threadIdx.x < step) partial[threadIdx.x] += partial[threadIdx.x + step];
+  }
+  if (threadIdx.x == 0) *total = partial[0];
+}
