@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench gpu-test sanitize clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/python -m cce_cupy demo
@@ -23,6 +23,17 @@ docs: $(VENV)/docs.done
 
 bench: $(VENV)/test.done
 	$(BIN)/python tests/benchmarks/cpu.py $(BENCH_ARGS)
+
+# On a machine with an NVIDIA GPU, CuPy and the test requirements: its own python.
+gpu-test:
+	$(PYTHON) -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
+
+SANITIZER ?= compute-sanitizer
+
+sanitize:
+	for tool in memcheck racecheck initcheck synccheck; do \
+	    $(SANITIZER) --tool $$tool --error-exitcode 1 $(PYTHON) tests/gpu/sanitize.py || exit 1; \
+	done
 
 # The set-up of each job is done again when the package's own requirements change.
 $(VENV)/%.done: setup.cfg pyproject.toml | $(VENV)/bin/python

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .commands.errors import CommandError
-from .problem import GRADIENT_FILTERS, REDUCTIONS, Options
+from .problem import FLOAT_DTYPES, GRADIENT_FILTERS, REDUCTIONS, Options
 from .version import VERSION
 
 SMALLEST_DEMO_VOCABULARY = 16384
@@ -55,6 +55,10 @@ def _run(parsed: argparse.Namespace) -> int:
         from .commands import demo
 
         return demo.run(parsed.steps, parsed.seed, parsed.out, parsed.vocab)
+    if parsed.command == "warmup":
+        from .commands import warmup
+
+        return warmup.run(parsed.dtype)
     from .commands import loss
 
     options = Options(
@@ -89,6 +93,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_demo(commands)
     _add_loss(commands)
+    warmup = commands.add_parser(
+        "warmup",
+        help="compile the kernels for this machine's GPUs",
+        description="Compile and load every kernel for each GPU, so that no later call has to. "
+        "Status 1 when CuPy, a GPU or the compiler is missing.",
+    )
+    warmup.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=FLOAT_DTYPES,
+        default=FLOAT_DTYPES,
+        help="of the arrays to come (default: all)",
+    )
     return parser
 
 

@@ -12,10 +12,15 @@ from .plan import MARGIN, GpuPlan
 from .problem import Problem
 
 BLOCK_M = 128
-"""kBlockM of kernels_cu/portable/product.cuh."""
+BLOCK_N = {"float64": 32, "float32": 64}
+"""kBlockM and, by the dtype of the sums, kBlockN of kernels_cu/portable/product.cuh."""
+
+_PRODUCT_THREADS = 128
+"""kThreads there."""
 
 _THREADS = 256
 _WALKERS = 1024
+"""kWalkers of kernels_cu/portable/tokens.cu."""
 
 # Mirrors of the structs that kernels take by value, in the C compiler's layout.
 _POINTER, _INT64, _INT32, _FLOAT64 = np.uint64, np.int64, np.int32, np.float64
@@ -51,7 +56,7 @@ def _pack(layout: np.dtype[Any], *values: Any) -> np.ndarray[Any, Any]:
 
 
 class DeviceMatrix(NamedTuple):
-    """Rows in device memory, `stride` elements apart; aligned for groups of four elements."""
+    """Rows in device memory, `stride` elements apart; aligned where they are whole groups of four elements."""
 
     pointer: int
     stride: int
@@ -72,6 +77,16 @@ class DeviceInputs(NamedTuple):
     bias: int
     class_weight: int
     token_weight: int
+
+
+class _ForeignStream:
+    """A raw stream handle, as CuPy takes those of others."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
 
 
 class Launcher:
@@ -100,7 +115,8 @@ class Launcher:
     ) -> None:
         self.problem, self.plan, self.inputs, self.room = problem, plan, inputs, room
         self.device = device
-        self.stream = import_cupy().cuda.ExternalStream(stream, device)
+        self.context = import_cupy().cuda.Device(device)
+        self.stream = import_cupy().cuda.Stream.from_external(_ForeignStream(stream))
         e, c = inputs.e, inputs.c
         self.e = _pack(_MATRIX, e.pointer, e.stride, e.aligned)
         self.c = _pack(_MATRIX, c.pointer, c.stride, c.aligned)
@@ -129,7 +145,8 @@ class Launcher:
         if 0 in grid:
             return
         function = kernel(self.device, f"portable/{file}.cu", name, self.problem.dtype)
-        function(grid, block, arguments, stream=self.stream)
+        with self.context:
+            function(grid, block, arguments, stream=self.stream)
 
     def map_rows(self) -> None:
         """Find the rows that count, the classes' weights, and zero what only some rows write."""
@@ -167,7 +184,7 @@ class Launcher:
         problem, plan, room = self.problem, self.plan, self.room
         dim, vocab = np.int64(problem.dim), np.int64(problem.vocab)
         self.launch(
-            "forward", "first_bound", (plan.tiles,), (_THREADS,),
+            "forward", "first_bound", (plan.tiles,), (_PRODUCT_THREADS,),
             self.e, self.c, np.uint64(self.inputs.bias), dim, self.logit_options, self.map,
             np.uint64(room["bound"]),
         )  # fmt: skip
@@ -175,7 +192,7 @@ class Launcher:
         sums += [room[f"segment_{name}"] if statistics else 0 for name in _SEGMENT_FIELDS[4:]]
         self.launch(
             "forward", "forward_statistics" if statistics else "forward",
-            (plan.tiles, plan.segments), (_THREADS,),
+            (plan.tiles, plan.segments), (_PRODUCT_THREADS,),
             self.e, self.c, np.uint64(self.inputs.bias),
             np.uint64(room["smoothing"] if plan.smooths else 0), dim, vocab,
             np.int64(plan.segment_columns), np.int64(plan.capacity), self.logit_options,
@@ -234,7 +251,6 @@ class Launcher:
     ) -> None:
         """Form the gradients, one range of columns at a time."""
         problem, plan, room = self.problem, self.plan, self.room
-        sums_bytes = 8 if problem.accumulator == "float64" else 4
         self.launch(
             "tokens", "row_factors", (-(-plan.capacity // _THREADS),), (_THREADS,),
             self.map, self.loss_options, self.weights, np.uint64(self.inputs.bias),
@@ -248,7 +264,7 @@ class Launcher:
         for sweep in plan.sweeps:
             for left in range(0, problem.vocab, plan.range_columns):
                 right = min(left + plan.range_columns, problem.vocab)
-                self._range(sweep, left, right, bits, unbounded, de, dc, dbias, passed, sums_bytes)
+                self._range(sweep, left, right, bits, unbounded, de, dc, dbias, passed)
 
     def _smoothing_sums(self) -> None:
         problem, plan, room = self.problem, self.plan, self.room
@@ -265,7 +281,7 @@ class Launcher:
             np.uint64(room["smoothing_embedding"]),
         )  # fmt: skip
         self.launch(
-            "backward", "sum_rows", (1,), (_THREADS,),
+            "backward", "sum_rows", (1,), (_PRODUCT_THREADS,),
             self.map, np.uint64(room["factor_smoothing"]), np.uint64(room["smoothing_rows"]),
         )  # fmt: skip
 
@@ -280,12 +296,11 @@ class Launcher:
         dc: int,
         dbias: int,
         passed: int,
-        sums_bytes: int,
     ) -> None:
         problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
         dim, first, last = np.int64(problem.dim), left == 0, right == problem.vocab
         width = -(-(right - left) // BLOCK_M) * BLOCK_M
-        block_n = 64 if sums_bytes == 8 else 128
+        block_n = BLOCK_N[problem.accumulator]
         lists = _pack(_LISTS, room["list_column"], room["list_before"], width)
         with_bias = dbias if sweep.c else 0
         records = _pack(_RECORDS, room["dz"], room["dz_column"] if with_bias else 0)
@@ -299,13 +314,13 @@ class Launcher:
         span = np.int64(left), np.int64(right)
         filter_ = self.filter() if sweep.filtered else _pack(_FILTER, 0.0, 1.0, 0)
         self.launch(
-            "backward", "list_columns", (plan.tiles,), (_THREADS,),
+            "backward", "list_columns", (plan.tiles,), (_PRODUCT_THREADS,),
             self.map, np.uint64(bits if sweep.filtered else 0), np.int64(plan.words),
             np.uint64(unbounded), *span, lists,
         )  # fmt: skip
         counts = sweep.filtered and (sweep.c or not problem.filter_c_grad)
         self.launch(
-            "backward", "dlogits", (width // block_n, plan.tiles), (_THREADS,),
+            "backward", "dlogits", (plan.tiles, width // block_n), (_PRODUCT_THREADS,),
             self.e, self.c, np.uint64(inputs.bias), dim, span[0], self.logit_options, filter_,
             self.map, lists, np.uint64(room["row_lse"]), factors,
             np.uint64(0 if rank_one else smoothing), records,
@@ -314,15 +329,16 @@ class Launcher:
         d_blocks = -(-problem.dim // block_n)
         if sweep.e:
             self.launch(
-                "backward", "dembedding", (d_blocks, plan.tiles), (_THREADS,),
+                "backward", "dembedding", (plan.tiles, d_blocks), (_PRODUCT_THREADS,),
                 self.c, np.uint64(inputs.bias), dim, span[0], scale, self.map, lists, records,
                 np.uint64(room["factor_smoothing"]),
                 np.uint64(room["smoothing_classifier"] if rank_one else 0), parts,
                 np.uint64(room["de_sums"]), np.int32(first), np.int32(last), np.uint64(de),
             )  # fmt: skip
         if sweep.c:
+            grid = (width // BLOCK_M, max(d_blocks, 1))
             self.launch(
-                "backward", "dclassifier", (width // BLOCK_M, max(d_blocks, 1)), (_THREADS,),
+                "backward", "dclassifier", grid, (_PRODUCT_THREADS,),
                 self.e, dim, *span, scale, self.map, lists, records,
                 np.int64(0), np.int64(plan.tiles), np.uint64(smoothing),
                 np.uint64(room["smoothing_embedding"] if rank_one else 0), parts,

@@ -214,7 +214,7 @@ def _choose_filter(problem: Problem) -> tuple[str | None, float, str]:
     if scale is None:
         return None, 0.0, f"off: filter_eps='auto' does not filter {problem.dtype}"
     eps = min(scale / max(problem.vocab, 1), LARGEST_AUTO_EPS)
-    return problem.gradient_filter, eps, "filter_eps='auto': below the rounding of the dtype"
+    return problem.gradient_filter, eps, "filter_eps='auto': near the rounding of the dtype"
 
 
 def _fit(size: int, low: int, high: int) -> int:

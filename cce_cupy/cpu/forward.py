@@ -188,6 +188,8 @@ class _ForwardRun(NamedTuple):
         others = joined("reference") + np.log(joined("rest"))
         target_logit = joined("target_logit")
         nll = np.logaddexp(0.0, others - target_logit)
+        # Also where nothing but removed entries is left: -inf minus -inf is not a number.
+        nll[(target_logit == -np.inf) & ~np.isnan(others)] = np.inf
         lse = np.logaddexp(others, target_logit)
         if self.bits is not None:
             # A row that is not finite makes every column of the gradients so.

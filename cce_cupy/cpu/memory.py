@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -132,10 +133,13 @@ def take_rows(array: Array, rows: Array) -> Array:
 
     A view where the rows follow each other, else a copy of those rows alone.
     """
+    if array.ndim == 1:
+        array = array[None]
     if array.ndim == 2:
         return np.asarray(array[as_index(rows)])
     if array.flags.c_contiguous:
-        return np.asarray(array.reshape(-1, array.shape[-1])[as_index(rows)])
+        flat = array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
+        return np.asarray(flat[as_index(rows)])
     return np.asarray(array[np.unravel_index(rows, array.shape[:-1])])
 
 

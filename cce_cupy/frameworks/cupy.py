@@ -80,3 +80,7 @@ class CupyMemory:
     def read_integer(self, array: Any, index: int) -> int:
         """Return one element, waiting for it."""
         return int(array[index])
+
+    def wait(self) -> None:
+        """Wait for the stream."""
+        self._cupy.cuda.get_current_stream(self.device).synchronize()

@@ -23,6 +23,8 @@ class DlpackFramework(Framework):
     as arrays of NumPy, or of CuPy for those on a CUDA device.
     """
 
+    waits_on_device = True
+
     def __init__(self, array: Any) -> None:
         self.name = type(array).__module__.partition(".")[0]
         self.returns_numpy = not hasattr(array, "__array_namespace__")

@@ -46,6 +46,9 @@ class Framework:
     """
 
     name: str
+    waits_on_device = False
+    """Whether a call waits for its kernels: where memory that the framework takes back is not
+    ordered after them."""
 
     @staticmethod
     def owns(array: Any) -> bool:
@@ -131,7 +134,10 @@ class Framework:
         if plan is None:
             like = arrays["e"]
             views = {name: self.device_view(array) for name, array in arrays.items()}
-            found = gpu.statistics(self.device_memory(like), problem, views)
+            memory = self.device_memory(like)
+            found = gpu.statistics(memory, problem, views)
+            if self.waits_on_device:
+                memory.wait()
             log_prob, lse, entropy, argmax = (self.from_device(a, like) for a in found)
             return log_prob, lse, entropy, argmax
         host = HostCall(problem, plan, self._host_arrays(arrays))
@@ -147,6 +153,8 @@ class Framework:
         memory = self.device_memory(like)
         views = {name: self.device_view(array) for name, array in arrays.items()}
         loss, lse, call = gpu.evaluate(memory, problem, views, differentiate=differentiate)
+        if self.waits_on_device:
+            memory.wait()
         by_token = problem.batch_shape if problem.reduction == "none" else ()
 
         def checked(name: str, given: Any, shape: tuple[int, ...]) -> Any:
@@ -157,6 +165,8 @@ class Framework:
             return self.device_view(given)
 
         def returned(gradients: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+            if self.waits_on_device:
+                memory.wait()
             e, c, bias = (
                 None if gradient is None else self.from_device(gradient, like)
                 for gradient in gradients

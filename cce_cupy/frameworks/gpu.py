@@ -44,6 +44,9 @@ class DeviceMemory(Protocol):
     def read_integer(self, array: Any, index: int) -> int:
         """Return one element of an int64 array, waiting for it."""
 
+    def wait(self) -> None:
+        """Wait for the stream."""
+
 
 class GpuEvaluation(NamedTuple):
     """A loss that has been computed, and its lse where it was asked for."""
@@ -85,7 +88,16 @@ class _Space:
 
     def __init__(self, memory: DeviceMemory, room: Room) -> None:
         self.offsets, size = lay_out(room)
-        self.words = memory.full((max(size // 8, 1),), "int64", None)
+        try:
+            self.words = memory.full((max(size // 8, 1),), "int64", None)
+        except Exception as error:
+            # Every framework has an exception of its own for this.
+            if "OutOfMemory" not in type(error).__name__ and not isinstance(error, MemoryError):
+                raise
+            raise MemoryError(
+                f"the device has no room for {size} bytes of workspace; a smaller "
+                f"workspace_bytes needs less: {error}"
+            ) from error
         base = memory.view(self.words).pointer
         self.addresses = {name: base + offset for name, offset in self.offsets.items()}
 
@@ -200,7 +212,7 @@ class GpuCall:
             view = self._keep(self.memory.contiguous(array))
             stride = self.problem.dim
         group = 4 * _ITEMSIZE[self.problem.dtype]
-        aligned = view.pointer % group == 0 and stride % 4 == 0
+        aligned = view.pointer % group == 0 and stride % 4 == 0 and self.problem.dim % 4 == 0
         return DeviceMatrix(view.pointer, stride, aligned)
 
 

@@ -19,6 +19,7 @@ class JaxFramework(Framework):
     """Concrete arrays; traced ones are refused."""
 
     name = "JAX"
+    waits_on_device = True
 
     @staticmethod
     def owns(array: Any) -> bool:

@@ -99,3 +99,7 @@ class TorchMemory:
     def read_integer(self, array: Any, index: int) -> int:
         """Return one element, waiting for it."""
         return int(array[index].item())
+
+    def wait(self) -> None:
+        """Wait for the stream."""
+        torch.cuda.current_stream(self._device).synchronize()

@@ -84,41 +84,40 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) before[lists.width / kBlockM] = listed;
 }
 
-// Recompute the logits of listed columns and form their dz. Grid: (column blocks, row tiles).
+// Recompute the logits of listed columns and form their dz. Grid: (row tiles, column blocks).
 extern "C" __global__ void __launch_bounds__(kThreads)
     dlogits(Matrix e, Matrix c, const Storage* bias, int64 dim, int64 left, LogitOptions options,
             Filter filter, RowMap map, Lists lists, const Sum* lse, RowFactors factors,
             const Sum* smoothing, Records records, unsigned long long* passed) {
-  const int64 tile = blockIdx.y, top = tile * kRowTile, count = *map.count;
+  const int64 tile = blockIdx.x, top = tile * kRowTile, count = *map.count;
   if (top >= count) return;
   const int listed = lists.before[tile * (lists.width / kBlockM + 1) + lists.width / kBlockM];
-  const int first = blockIdx.x * kBlockN;
+  const int first = blockIdx.y * kBlockN;
   if (first >= listed) return;
   __shared__ ProductStages stages;
   __shared__ Bits largest[kBlockN];
   __shared__ Sum weight[kBlockN];
-  __shared__ Sum column_sum[kSide][kBlockN];
+  __shared__ Sum column_sum[kSideM][kBlockN];
   const int* column = lists.column + tile * lists.width;
   const int rows = static_cast<int>(min(static_cast<int64>(kRowTile), count - top));
   const int columns = min(kBlockN, listed - first);
   if (threadIdx.x < kBlockN) largest[threadIdx.x] = 0;
 
   AlongDepth<Storage, kBlockM> a(
-      [&](int row) { return row < rows ? e.row(map.source[top + row]) : nullptr; }, dim,
-      e.aligned != 0);
+      [&](int row) { return row < rows ? e.row(map.source[top + row]) : nullptr; }, dim);
   AlongDepth<Storage, kBlockN> b(
       [&](int x) {
         return x < columns ? present_row(c, bias, left + column[first + x]) : nullptr;
       },
-      dim, c.aligned != 0);
+      dim);
   Sum z[kThreadM][kThreadN] = {};
-  multiply(stages, a, b, static_cast<int>(dim), z);
+  multiply(stages, a, b, static_cast<int>(dim), e.aligned && c.aligned, z);
 
   // Probabilities; and for each column the largest, where a target counts as 1.
   int at[kThreadN];
 #pragma unroll
   for (int j = 0; j < kThreadN; ++j) {
-    const int x = place(thread_n(), j);
+    const int x = column_place(j);
     at[j] = x < columns ? column[first + x] : -1;
   }
   Sum bend[kThreadM][kThreadN];
@@ -127,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     Bits most = 0;
 #pragma unroll
     for (int i = 0; i < kThreadM; ++i) {
-      const int row = place(thread_m(), i);
+      const int row = row_place(i);
       bend[i][j] = Sum(1);
       if (row >= rows || at[j] < 0) {
         z[i][j] = 0;
@@ -139,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       const bool own = map.target[top + row] == left + at[j];
       most = max(most, as_bits(own ? Sum(1) : z[i][j]));
     }
-    if (filter.eps > 0.0) atomicMax(&largest[place(thread_n(), j)], most);
+    if (filter.eps > 0.0) atomicMax(&largest[column_place(j)], most);
   }
   __syncthreads();
   if (threadIdx.x < kBlockN) {
@@ -166,12 +165,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   Sum* record = records.dz + (tile * lists.width + first) * kRowTile;
 #pragma unroll
   for (int j = 0; j < kThreadN; ++j) {
-    const int x = place(thread_n(), j);
+    const int x = column_place(j);
     const Sum w = weight[x];
     Sum sum = 0;
 #pragma unroll
     for (int i = 0; i < kThreadM; ++i) {
-      const int row = place(thread_m(), i);
+      const int row = row_place(i);
       Sum dz = 0;
       if (row < rows && at[j] >= 0) {
         dz = z[i][j] * w * factors.softmax[top + row];
@@ -182,14 +181,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       z[i][j] = dz;
       sum += dz;
     }
-    column_sum[thread_m()][x] = sum;
+    column_sum[threadIdx.x / kSideN][x] = sum;
     if (at[j] < 0) continue;
 #pragma unroll
     for (int i = 0; i < kThreadM; i += kVector) {
       Word word;
 #pragma unroll
       for (int l = 0; l < kVector; ++l) word.value[l] = z[i + l][j];
-      *reinterpret_cast<Word*>(&record[static_cast<int64>(x) * kRowTile + place(thread_m(), i)]) =
+      *reinterpret_cast<Word*>(&record[static_cast<int64>(x) * kRowTile + row_place(i)]) =
           word;
     }
   }
@@ -197,22 +196,22 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (threadIdx.x < columns) {
     Sum sum = 0;
-    for (int i = 0; i < kSide; ++i) sum += column_sum[i][threadIdx.x];
+    for (int i = 0; i < kSideM; ++i) sum += column_sum[i][threadIdx.x];
     records.column[tile * lists.width + first + threadIdx.x] = sum;
   }
 }
 
 // dE of a row tile: its part of this range, added to those of the ranges before.
-// Grid: (blocks of D, row tiles).
+// Grid: (row tiles, blocks of D).
 extern "C" __global__ void __launch_bounds__(kThreads)
     dembedding(Matrix c, const Storage* bias, int64 dim, int64 left, double scale, RowMap map,
                Lists lists, Records records, const Sum* row_smoothing,
                const double* smoothing_classifier, int parts, Sum* sums, int first, int last,
                Storage* out) {
-  const int64 tile = blockIdx.y, top = tile * kRowTile, count = *map.count;
+  const int64 tile = blockIdx.x, top = tile * kRowTile, count = *map.count;
   if (top >= count) return;
   __shared__ ProductStages stages;
-  const int64 start = blockIdx.x * static_cast<int64>(kBlockN);
+  const int64 start = blockIdx.y * static_cast<int64>(kBlockN);
   const int* column = lists.column + tile * lists.width;
   const int listed = lists.before[tile * (lists.width / kBlockM + 1) + lists.width / kBlockM];
   const Sum* record = records.dz + tile * lists.width * kRowTile;
@@ -221,19 +220,18 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const Storage* row = present_row(c, bias, left + column[k]);
     return row == nullptr ? nullptr : row + start;
   };
-  AcrossDepth<Sum, kBlockM, decltype(dz)> a{dz, listed, kRowTile, true};
+  AcrossDepth<Sum, kBlockM, decltype(dz)> a{dz, listed, kRowTile};
   AcrossDepth<Storage, kBlockN, decltype(classifier)> b{
-      classifier, listed, static_cast<int>(min(dim - start, static_cast<int64>(kBlockN))),
-      c.aligned != 0};
+      classifier, listed, static_cast<int>(min(dim - start, static_cast<int64>(kBlockN)))};
   Sum product[kThreadM][kThreadN] = {};
-  multiply(stages, a, b, listed, product);
+  multiply(stages, a, b, listed, c.aligned != 0, product);
 #pragma unroll
   for (int i = 0; i < kThreadM; ++i) {
-    const int64 row = top + place(thread_m(), i);
+    const int64 row = top + row_place(i);
     if (row >= count) continue;
 #pragma unroll
     for (int j = 0; j < kThreadN; ++j) {
-      const int64 d = start + place(thread_n(), j);
+      const int64 d = start + column_place(j);
       if (d >= dim) continue;
       Sum sum = product[i][j];
       if (!first) sum += sums[row * dim + d];
@@ -243,6 +241,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       }
       if (smoothing_classifier != nullptr) {
         double whole = 0;
+#pragma unroll 1
         for (int part = 0; part < parts; ++part) whole += smoothing_classifier[part * dim + d];
         sum -= row_smoothing[row] * static_cast<Sum>(whole);
       }
@@ -285,23 +284,23 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         [&](int x) {
           return slot[x] < 0 ? nullptr : records.dz + (base + slot[x]) * kRowTile;
         },
-        rows, true);
+        kRowTile);
     auto embedding = [&](int k) { return e.row(map.source[top + k]) + start; };
     AcrossDepth<Storage, kBlockN, decltype(embedding)> b{
-        embedding, rows, static_cast<int>(min(dim - start, static_cast<int64>(kBlockN))),
-        e.aligned != 0};
-    multiply(stages, a, b, rows, product);
+        embedding, rows, static_cast<int>(min(dim - start, static_cast<int64>(kBlockN)))};
+    // Records are zeros where a tile has no more rows.
+    multiply(stages, a, b, kRowTile, e.aligned != 0, product);
     if (records.column != nullptr && threadIdx.x < kBlockM && slot[threadIdx.x] >= 0)
       bias_sum += records.column[base + slot[threadIdx.x]];
   }
 #pragma unroll
   for (int i = 0; i < kThreadM; ++i) {
-    const int64 x = block * static_cast<int64>(kBlockM) + place(thread_m(), i);
+    const int64 x = block * static_cast<int64>(kBlockM) + row_place(i);
     const int64 column = left + x;
     if (column >= right) continue;
 #pragma unroll
     for (int j = 0; j < kThreadN; ++j) {
-      const int64 d = start + place(thread_n(), j);
+      const int64 d = start + column_place(j);
       if (d >= dim) continue;
       Sum sum = product[i][j];
       if (!first) sum += sums[x * dim + d];
@@ -311,6 +310,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       }
       if (smoothing_embedding != nullptr) {
         double whole = 0;
+#pragma unroll 1
         for (int part = 0; part < parts; ++part) whole += smoothing_embedding[part * dim + d];
         sum -= smoothing[column] * static_cast<Sum>(whole);
       }

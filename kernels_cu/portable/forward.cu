@@ -40,16 +40,16 @@ struct StatisticsShared {
   int64 argmax[kRowTile];
 };
 
-// The largest value of the kSide threads that share a row; drops NaN.
+// The largest value of the kSideN threads that share a row; drops NaN.
 __device__ __forceinline__ Sum row_largest(Sum x) {
 #pragma unroll
-  for (int step = kSide / 2; step > 0; step /= 2) x = larger(x, __shfl_xor_sync(~0u, x, step));
+  for (int step = kSideN / 2; step > 0; step /= 2) x = larger(x, __shfl_xor_sync(~0u, x, step));
   return x;
 }
 
 __device__ __forceinline__ Sum row_sum(Sum x) {
 #pragma unroll
-  for (int step = kSide / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  for (int step = kSideN / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
   return x;
 }
 
@@ -92,16 +92,16 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       const int at = left + column;
       return at < rows && distinct[at] ? c.row(target[at]) : nullptr;
     };
-    AlongDepth<Storage, kBlockM> a(embedding, dim, e.aligned != 0);
-    AlongDepth<Storage, kBlockN> b(classifier, dim, c.aligned != 0);
+    AlongDepth<Storage, kBlockM> a(embedding, dim);
+    AlongDepth<Storage, kBlockN> b(classifier, dim);
     Sum z[kThreadM][kThreadN] = {};
-    multiply(stages, a, b, dim, z);
+    multiply(stages, a, b, static_cast<int>(dim), e.aligned && c.aligned, z);
 #pragma unroll
     for (int i = 0; i < kThreadM; ++i) {
       Sum top_logit = lowest;
 #pragma unroll
       for (int j = 0; j < kThreadN; ++j) {
-        const int at = left + place(thread_n(), j);
+        const int at = left + column_place(j);
         const bool counts = at < rows && distinct[at];
         z[i][j] = counts ? make_logit(z[i][j], bias, target[at], options).value : lowest;
         top_logit = larger(top_logit, z[i][j]);
@@ -118,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int i = 0; i < kThreadM; ++i) {
-    const int row = place(thread_m(), i);
-    if (thread_n() == 0 && row < rows)
+    const int row = row_place(i);
+    if (threadIdx.x % kSideN == 0 && row < rows)
       bound[top + row] = running[i] == lowest ? lowest : running[i] + logarithm(sum[i]);
   }
 }
@@ -162,21 +162,21 @@ __device__ __forceinline__ void
     auto classifier = [&](int column) {
       return left + column < end ? c.row(left + column) : nullptr;
     };
-    AlongDepth<Storage, kBlockM> a(embedding, dim, e.aligned != 0);
-    AlongDepth<Storage, kBlockN> b(classifier, dim, c.aligned != 0);
+    AlongDepth<Storage, kBlockM> a(embedding, dim);
+    AlongDepth<Storage, kBlockN> b(classifier, dim);
     Sum z[kThreadM][kThreadN] = {};
-    multiply(shared.stages, a, b, dim, z);
+    multiply(shared.stages, a, b, static_cast<int>(dim), e.aligned && c.aligned, z);
 
     uint32 largest[kThreadN] = {};
 #pragma unroll
     for (int i = 0; i < kThreadM; ++i) {
-      const int row = place(thread_m(), i);
+      const int row = row_place(i);
       const int64 target = shared.target[row] - left;
       Sum highest = lowest, smoothed = 0;
       int64 at_highest = 0;
 #pragma unroll
       for (int j = 0; j < kThreadN; ++j) {
-        const int64 column = left + place(thread_n(), j);
+        const int64 column = left + column_place(j);
         if (column >= end) {
           z[i][j] = lowest;
           continue;
@@ -188,7 +188,7 @@ __device__ __forceinline__ void
           highest = logit.value;
           at_highest = column;
         }
-        if (target == place(thread_n(), j)) shared.target_logit[row] = logit.value;
+        if (target == column_place(j)) shared.target_logit[row] = logit.value;
       }
       // A reference that is kept keeps its sums as they are; it moves before they overflow.
       const Sum most = row_largest(highest);
@@ -200,7 +200,7 @@ __device__ __forceinline__ void
       for (int j = 0; j < kThreadN; ++j) {
         const Sum centred = z[i][j] - reference;
         const Sum s = exponential(centred);
-        if (target != place(thread_n(), j)) rest += s;
+        if (target != column_place(j)) rest += s;
         if (kStatistics) {
           total += s;
           weighted += s == Sum(0) ? Sum(0) : s * centred;
@@ -215,7 +215,7 @@ __device__ __forceinline__ void
         total = row_sum(total);
         weighted = row_sum(weighted);
 #pragma unroll
-        for (int step = kSide / 2; step > 0; step /= 2) {
+        for (int step = kSideN / 2; step > 0; step /= 2) {
           const Sum other = __shfl_xor_sync(~0u, highest, step);
           const int64 other_at = __shfl_xor_sync(~0u, at_highest, step);
           const bool nan = highest != highest, other_nan = other != other;
@@ -227,7 +227,8 @@ __device__ __forceinline__ void
           }
         }
       }
-      if (thread_n() == 0) {
+      __syncwarp();
+      if (threadIdx.x % kSideN == 0) {
         const double shrink = reference == old ? 1.0 : exp(static_cast<double>(old - reference));
         if (kStatistics) {
           const double before = stats.total[row];
@@ -247,13 +248,13 @@ __device__ __forceinline__ void
         const Sum seen = reference + logarithm(static_cast<Sum>(shared.rest[row]));
         shared.bound[row] = larger(shared.bound[row], seen);
       }
-      if (bits != nullptr && target >= 0 && target < kBlockN && thread_n() == 0)
+      if (bits != nullptr && target >= 0 && target < kBlockN && threadIdx.x % kSideN == 0)
         atomicOr(&shared.targets[target / kColumnChunk], 1u << (target % kColumnChunk));
     }
     if (bits != nullptr) {
 #pragma unroll
       for (int j = 0; j < kThreadN; ++j)
-        atomicMax(&shared.largest[place(thread_n(), j)], largest[j]);
+        atomicMax(&shared.largest[column_place(j)], largest[j]);
       __syncthreads();
       if (threadIdx.x < kBlockN) {
         const int64 column = left + threadIdx.x, chunk = column / kColumnChunk;

@@ -6,14 +6,15 @@
 
 namespace cce {
 
-constexpr int kThreads = 256;
-constexpr int kSide = 16;  // threads along each side of the block of sums
+constexpr int kThreads = 128;
+constexpr int kSideM = 16;  // threads along each side of the block of sums
+constexpr int kSideN = kThreads / kSideM;
 constexpr int kVector = 16 / sizeof(Sum);  // sums in a 16-byte word of shared memory
 constexpr int kBlockM = 128;
-constexpr int kBlockN = sizeof(Sum) == 8 ? 64 : 128;
+constexpr int kBlockN = sizeof(Sum) == 8 ? 32 : 64;
 constexpr int kBlockK = sizeof(Sum) == 8 ? 8 : 16;
-constexpr int kThreadM = kBlockM / kSide;
-constexpr int kThreadN = kBlockN / kSide;
+constexpr int kThreadM = kBlockM / kSideM;
+constexpr int kThreadN = kBlockN / kSideN;
 constexpr int kGroup = 4;  // elements that one load takes along the contiguous axis
 
 struct alignas(16) Word {
@@ -33,28 +34,35 @@ struct ProductStages {
 
 // Place of a thread's i-th row or column: words of neighbours lie side by side, so that a warp
 // reads shared memory without conflicts.
-__device__ __forceinline__ int place(int thread, int i) {
-  return (i / kVector) * (kSide * kVector) + thread * kVector + i % kVector;
+__device__ __forceinline__ int row_place(int i) {
+  return (i / kVector) * (kSideM * kVector) + threadIdx.x / kSideN * kVector + i % kVector;
 }
-__device__ __forceinline__ int thread_m() { return threadIdx.x / kSide; }
-__device__ __forceinline__ int thread_n() { return threadIdx.x % kSide; }
+__device__ __forceinline__ int column_place(int j) {
+  return (j / kVector) * (kSideN * kVector) + threadIdx.x % kSideN * kVector + j % kVector;
+}
 
 template <typename T>
 struct alignas(sizeof(T) * kGroup) Group {
   T value[kGroup];
 };
 
-// Read kGroup elements from `at` on, of which `left` exist; the others are zeros.
-template <typename T>
-__device__ __forceinline__ void read_group(const T* at, int left, bool aligned,
-                                           Sum (&out)[kGroup]) {
-  if (aligned && left >= kGroup) {
-    const Group<T> group = *reinterpret_cast<const Group<T>*>(at);
+// Read the elements from `at` on of which `left` exist; the others are zeros. Aligned reads are of
+// whole groups, all there or none. Each load is one predicated instruction into its registers: a
+// choice between two ways to fill them would wait for the data at once, and hide no latency.
+template <bool kAligned, typename T>
+__device__ __forceinline__ void read_group(const T* at, int left, Sum (&out)[kGroup]) {
+  if (kAligned) {
+    Group<T> group = {};
+    if (left > 0) group = *reinterpret_cast<const Group<T>*>(at);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) out[i] = widen(group.value[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) out[i] = i < left ? widen(at[i]) : Sum(0);
+    for (int i = 0; i < kGroup; ++i) {
+      T value = {};
+      if (i < left) value = at[i];
+      out[i] = widen(value);
+    }
   }
 }
 
@@ -65,13 +73,12 @@ struct AlongDepth {
   static constexpr int kEach = (kGroups + kThreads - 1) / kThreads;
   const T* row[kEach];  // of this thread's groups, at their first element; nullptr: zeros
   int depth;
-  bool aligned;
   Sum held[kEach][kGroup];
 
   // Rows: int -> const T*, or nullptr for a row of zeros.
   template <typename Rows>
-  __device__ __forceinline__ AlongDepth(Rows rows, int64 depth, bool aligned)
-      : depth(static_cast<int>(depth)), aligned(aligned) {
+  __device__ __forceinline__ AlongDepth(Rows rows, int64 depth)
+      : depth(static_cast<int>(depth)) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int group = threadIdx.x + i * kThreads;
@@ -79,13 +86,14 @@ struct AlongDepth {
     }
   }
 
+  template <bool kAligned>
   __device__ __forceinline__ void fetch(int k) {
     // All groups of a thread stand at the same depth.
     static_assert(kThreads % (kBlockK / kGroup) == 0, "");
     const int at = k + threadIdx.x % (kBlockK / kGroup) * kGroup;
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
-      read_group(row[i] + at, row[i] == nullptr ? 0 : depth - at, aligned, held[i]);
+      read_group<kAligned>(row[i] + at, row[i] == nullptr ? 0 : depth - at, held[i]);
   }
 
   __device__ __forceinline__ void put(Tile<kX>& tile) const {
@@ -110,9 +118,9 @@ struct AcrossDepth {
   Rows rows;
   int depth;
   int width;
-  bool aligned;
   Sum held[kEach][kGroup];
 
+  template <bool kAligned>
   __device__ __forceinline__ void fetch(int k) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -120,7 +128,7 @@ struct AcrossDepth {
       const int at = k + group / (kX / kGroup);
       const int x = group % (kX / kGroup) * kGroup;
       const T* row = group < kGroups && at < depth ? rows(at) : nullptr;
-      read_group(row + x, row == nullptr ? 0 : width - x, aligned, held[i]);
+      read_group<kAligned>(row + x, row == nullptr ? 0 : width - x, held[i]);
     }
   }
 
@@ -142,15 +150,11 @@ struct AcrossDepth {
   }
 };
 
-// sums += a b over the whole depth. Every thread of the block calls it; it ends with all of them
-// done with the stages.
-template <typename A, typename B>
-__device__ __forceinline__ void multiply(ProductStages& stages, A& a, B& b, int depth,
-                                         Sum (&sums)[kThreadM][kThreadN]) {
-  const int m = thread_m(), n = thread_n();
-  if (depth <= 0) return;
-  a.fetch(0);
-  b.fetch(0);
+template <bool kAligned, typename A, typename B>
+__device__ __forceinline__ void multiply_blocks(ProductStages& stages, A& a, B& b, int depth,
+                                                Sum (&sums)[kThreadM][kThreadN]) {
+  a.template fetch<kAligned>(0);
+  b.template fetch<kAligned>(0);
   a.put(stages.a[0]);
   b.put(stages.b[0]);
   __syncthreads();
@@ -158,21 +162,22 @@ __device__ __forceinline__ void multiply(ProductStages& stages, A& a, B& b, int 
   for (int k = 0; k < depth; k += kBlockK) {
     const bool more = k + kBlockK < depth;
     if (more) {
-      a.fetch(k + kBlockK);
-      b.fetch(k + kBlockK);
+      a.template fetch<kAligned>(k + kBlockK);
+      b.template fetch<kAligned>(k + kBlockK);
     }
 #pragma unroll
     for (int step = 0; step < kBlockK; ++step) {
       Sum left[kThreadM], right[kThreadN];
 #pragma unroll
       for (int i = 0; i < kThreadM; i += kVector) {
-        const Word word = *reinterpret_cast<const Word*>(&stages.a[stage].value[step][place(m, i)]);
+        const Word word = *reinterpret_cast<const Word*>(&stages.a[stage].value[step][row_place(i)]);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) left[i + j] = word.value[j];
       }
 #pragma unroll
       for (int i = 0; i < kThreadN; i += kVector) {
-        const Word word = *reinterpret_cast<const Word*>(&stages.b[stage].value[step][place(n, i)]);
+        const Word word =
+            *reinterpret_cast<const Word*>(&stages.b[stage].value[step][column_place(i)]);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) right[i + j] = word.value[j];
       }
@@ -187,6 +192,19 @@ __device__ __forceinline__ void multiply(ProductStages& stages, A& a, B& b, int 
       b.put(stages.b[stage]);
     }
     __syncthreads();
+  }
+}
+
+// sums += a b over the whole depth. Every thread of the block calls it; it ends with all of them
+// done with the stages. Aligned: both operands may be read in groups of four elements.
+template <typename A, typename B>
+__device__ __forceinline__ void multiply(ProductStages& stages, A& a, B& b, int depth, bool aligned,
+                                         Sum (&sums)[kThreadM][kThreadN]) {
+  if (depth <= 0) return;
+  if (aligned) {
+    multiply_blocks<true>(stages, a, b, depth, sums);
+  } else {
+    multiply_blocks<false>(stages, a, b, depth, sums);
   }
 }
 

@@ -18,7 +18,7 @@ struct RowMap {
 struct Matrix {
   const Storage* data;
   int64 stride;
-  int aligned;  // rows may be read in groups of four elements
+  int aligned;  // rows are whole groups of four elements, each aligned to its size
 
   __device__ __forceinline__ const Storage* row(int64 i) const { return data + i * stride; }
 };

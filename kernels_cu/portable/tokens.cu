@@ -63,6 +63,7 @@ extern "C" __global__ void __launch_bounds__(kWalkers)
     hash_low = hash_high = 0;
     *first_wrong = tokens;
   }
+  __syncthreads();
   int64 done = 0;
   uint32 low = 0, high = 0;
   for (int64 start = 0; start < tokens; start += kWalkers) {
@@ -216,6 +217,8 @@ extern "C" __global__ void finish_rows(RowMap map, Segments parts, LossOptions o
   // exactly 0 where there are no others, and exact where it is tiny.
   const double others = reference + log(rest);
   double nll = log_add(0.0, others - target_logit);
+  // Also where nothing but removed entries is left: -inf minus -inf is not a number.
+  if (target_logit == -infinity() && others == others) nll = infinity();
   double sum = log_add(others, target_logit);
   if (target < 0) nll = sum = not_a_number();
   double value = weights.target(target) * nll;
