@@ -56,7 +56,7 @@ def _pack(layout: np.dtype[Any], *values: Any) -> np.ndarray[Any, Any]:
 
 
 class DeviceMatrix(NamedTuple):
-    """Rows in device memory, `stride` elements apart; aligned where they are whole groups of four elements."""
+    """Rows in device memory, `stride` elements apart; aligned: in whole groups of four."""
 
     pointer: int
     stride: int
