@@ -55,6 +55,15 @@ def _pack(layout: np.dtype[Any], *values: Any) -> np.ndarray[Any, Any]:
     return packed
 
 
+def _as_int64(value: int) -> tuple[np.int64, np.int32]:
+    """Return an integer's low 64 bits, and whether a uint64 alone can hold it (1) or none (2)."""
+    low = value & (2**64 - 1)
+    wrapped = np.int64(low - 2**64 if low >= 2**63 else low)
+    if -(2**63) <= value < 2**63:
+        return wrapped, np.int32(0)
+    return wrapped, np.int32(1 if 0 <= value < 2**64 else 2)
+
+
 class DeviceMatrix(NamedTuple):
     """Rows in device memory, `stride` elements apart; aligned: in whole groups of four."""
 
@@ -158,7 +167,7 @@ class Launcher:
         self.launch(
             "tokens", "map_rows", (1,), (_WALKERS,),
             targets, np.int64(problem.tokens), np.int64(max(length, 1)), np.int64(problem.shift),
-            np.int64(problem.ignore_index), np.int64(problem.vocab),
+            *_as_int64(problem.ignore_index), np.int64(problem.vocab),
             np.int32(problem.seed is not None), np.uint64(problem.seed or 0),
             *(np.uint64(room[name]) for name in (
                 "source", "position", "target", "count", "seed", "first_wrong")),

@@ -55,7 +55,7 @@ using namespace cce;
 // Map the tokens that are paired and not ignored to compact rows, in order. One block.
 extern "C" __global__ void __launch_bounds__(kWalkers)
     map_rows(Targets targets, int64 tokens, int64 length, int64 shift, int64 ignore_index,
-             int64 vocab, int has_seed, uint64 given_seed, int64* source, int64* position,
+             int ignore_above, int64 vocab, int has_seed, uint64 given_seed, int64* source, int64* position,
              int64* target, int64* count, uint64* seed, int64* first_wrong) {
   __shared__ int64 before[kWarps + 1];
   __shared__ uint32 hash_low, hash_high;
@@ -73,7 +73,10 @@ extern "C" __global__ void __launch_bounds__(kWalkers)
     if (i < tokens) {
       value = targets.read(i);
       const bool too_large = targets.too_large(value);
-      counts = (too_large || value != ignore_index) && i % length >= shift;
+      // ignore_above: 1 where only a uint64 holds ignore_index, 2 where no dtype does.
+      const bool ignored = too_large == (ignore_above != 0) && ignore_above != 2 &&
+                           value == ignore_index;
+      counts = !ignored && i % length >= shift;
       if (too_large) value = -1;
     }
     const uint32 ballot = __ballot_sync(~0u, counts);
