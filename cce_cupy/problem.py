@@ -158,9 +158,7 @@ class Problem:
             dtype=e.dtype,
             device=e.device,
             has_bias="bias" in arrays,
-            ignore_index=_integer(
-                "ignore_index", options.ignore_index, low=-(2**63), high=2**63 - 1
-            ),
+            ignore_index=_integer("ignore_index", options.ignore_index),
             softcap=_softcap(options.softcap),
             reduction=_choice("reduction", options.reduction, REDUCTIONS),
             shift=shift,
