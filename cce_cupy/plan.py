@@ -131,9 +131,7 @@ def make_plan(problem: Problem) -> Plan:
     rounds = _ITEMSIZE[problem.dtype] < accumulator_bytes
 
     # Elements per block are bounded, so that blocks stay in cache and wide D costs no memory.
-    # Where inputs are narrower than the sums a block of c is converted for each group of rows.
-    row_group = _fit(2**20 // dim, ROW_TILE, 512 if rounds else 256)
-    row_group = min(row_group, _whole(tokens, ROW_TILE))
+    row_group = min(_fit(2**21 // dim, ROW_TILE, 1024), _whole(tokens, ROW_TILE))
     row_block = min(_fit(2**21 // dim, row_group, 1024), _whole(tokens, row_group))
     columns = _whole(vocab, COLUMN_CHUNK)
     column_block = min(_fit(2**20 // dim, 4 * COLUMN_CHUNK, 1024), columns)
