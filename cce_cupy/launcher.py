@@ -12,10 +12,10 @@ from .plan import MARGIN, GpuPlan
 from .problem import Problem
 
 BLOCK_M = 128
-BLOCK_N = {"float64": 32, "float32": 64}
+BLOCK_N = {"float64": 64, "float32": 128}
 """kBlockM and, by the dtype of the sums, kBlockN of kernels_cu/portable/product.cuh."""
 
-_PRODUCT_THREADS = 128
+_PRODUCT_THREADS = 256
 """kThreads there."""
 
 _THREADS = 256
@@ -195,7 +195,7 @@ class Launcher:
         self.launch(
             "forward", "first_bound", (plan.tiles,), (_PRODUCT_THREADS,),
             self.e, self.c, np.uint64(self.inputs.bias), dim, self.logit_options, self.map,
-            np.uint64(room["bound"]),
+            np.uint64(room["bound"]), np.uint64(room["own"]),
         )  # fmt: skip
         sums = [room[f"segment_{name}"] for name in _SEGMENT_FIELDS[:4]]
         sums += [room[f"segment_{name}"] if statistics else 0 for name in _SEGMENT_FIELDS[4:]]
@@ -205,7 +205,8 @@ class Launcher:
             self.e, self.c, np.uint64(self.inputs.bias),
             np.uint64(room["smoothing"] if plan.smooths else 0), dim, vocab,
             np.int64(plan.segment_columns), np.int64(plan.capacity), self.logit_options,
-            self.filter(), self.map, np.uint64(room["bound"]), _pack(_SEGMENT_SUMS, *sums),
+            self.filter(), self.map, np.uint64(room["bound"]), np.uint64(room["own"]),
+            _pack(_SEGMENT_SUMS, *sums),
             np.uint64(bits), np.int64(plan.words),
         )  # fmt: skip
 

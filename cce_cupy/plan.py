@@ -323,6 +323,7 @@ def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
     per_segment = segments * rows
     forward = {
         "bound": sums * rows,
+        "own": sums * rows,
         "row_loss": 8 * rows,
         "segment_reference": sums * per_segment,
         "segment_rest": 8 * per_segment,

@@ -37,6 +37,11 @@ __device__ __forceinline__ Bits as_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float from_bits(Bits x) { return __uint_as_float(x); }
 #endif
 
+// Only a removed entry's logit is -inf, and its probability is 0 whatever the rest of the row is.
+__device__ __forceinline__ Sum probability(Sum logit, Sum lse) {
+  return logit == -static_cast<Sum>(infinity()) ? Sum(0) : exponential(logit - lse);
+}
+
 // A row of c; those of removed entries as zeros, since zero times NaN is NaN.
 __device__ __forceinline__ const Storage* present_row(const Matrix& c, const Storage* bias,
                                                       int64 column) {
@@ -113,30 +118,25 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   Sum z[kThreadM][kThreadN] = {};
   multiply(stages, a, b, static_cast<int>(dim), e.aligned && c.aligned, z);
 
-  // Probabilities; and for each column the largest, where a target counts as 1.
+  // Logits; and of each column the largest probability, where a target counts as 1.
   int at[kThreadN];
 #pragma unroll
   for (int j = 0; j < kThreadN; ++j) {
     const int x = column_place(j);
     at[j] = x < columns ? column[first + x] : -1;
   }
-  Sum bend[kThreadM][kThreadN];
 #pragma unroll
   for (int j = 0; j < kThreadN; ++j) {
     Bits most = 0;
 #pragma unroll
     for (int i = 0; i < kThreadM; ++i) {
       const int row = row_place(i);
-      bend[i][j] = Sum(1);
-      if (row >= rows || at[j] < 0) {
-        z[i][j] = 0;
-        continue;
+      if (row >= rows || at[j] < 0) continue;
+      z[i][j] = make_logit(z[i][j], bias, left + at[j], options).value;
+      if (filter.eps > 0.0) {
+        const bool own = map.target[top + row] == left + at[j];
+        most = max(most, as_bits(own ? Sum(1) : probability(z[i][j], lse[top + row])));
       }
-      const Logit logit = make_logit(z[i][j], bias, left + at[j], options);
-      bend[i][j] = logit.removed ? Sum(0) : slope(logit.value, options);
-      z[i][j] = logit.removed ? Sum(0) : exponential(logit.value - lse[top + row]);
-      const bool own = map.target[top + row] == left + at[j];
-      most = max(most, as_bits(own ? Sum(1) : z[i][j]));
     }
     if (filter.eps > 0.0) atomicMax(&largest[column_place(j)], most);
   }
@@ -162,6 +162,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
+  const Sum lowest = -static_cast<Sum>(infinity());
   Sum* record = records.dz + (tile * lists.width + first) * kRowTile;
 #pragma unroll
   for (int j = 0; j < kThreadN; ++j) {
@@ -173,10 +174,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       const int row = row_place(i);
       Sum dz = 0;
       if (row < rows && at[j] >= 0) {
-        dz = z[i][j] * w * factors.softmax[top + row];
+        const Sum logit = z[i][j];
+        dz = probability(logit, lse[top + row]) * w * factors.softmax[top + row];
         if (map.target[top + row] == left + at[j]) dz -= factors.onehot[top + row];
         if (smoothing != nullptr) dz -= factors.smoothing[top + row] * smoothing[left + at[j]];
-        dz *= bend[i][j];
+        if (options.softcap > 0.0) dz = logit == lowest ? Sum(0) : dz * slope(logit, options);
       }
       z[i][j] = dz;
       sum += dz;

@@ -57,10 +57,11 @@ __device__ __forceinline__ Sum row_sum(Sum x) {
 
 using namespace cce;
 
-// A lower bound of each row's lse from the logits of its row tile's targets. Grid: row tiles.
+// A lower bound of each row's lse from the logits of its row tile's targets, and the logit of the
+// row's own: what a row's sums are relative to may not depend on its neighbours. Grid: row tiles.
 extern "C" __global__ void __launch_bounds__(kThreads)
     first_bound(Matrix e, Matrix c, const Storage* bias, int64 dim, LogitOptions options,
-                RowMap map, Sum* bound) {
+                RowMap map, Sum* bound, Sum* own) {
   const int64 top = blockIdx.x * static_cast<int64>(kRowTile);
   const int64 count = *map.count;
   if (top >= count) return;
@@ -76,6 +77,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     bool first = target[threadIdx.x] >= 0;
     for (int i = 0; i < threadIdx.x; ++i) first = first && target[i] != target[threadIdx.x];
     distinct[threadIdx.x] = first;
+    if (threadIdx.x < rows && target[threadIdx.x] < 0)
+      own[top + threadIdx.x] = -static_cast<Sum>(infinity());
   }
   __syncthreads();
 
@@ -104,6 +107,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         const int at = left + column_place(j);
         const bool counts = at < rows && distinct[at];
         z[i][j] = counts ? make_logit(z[i][j], bias, target[at], options).value : lowest;
+        if (counts && target[at] == target[row_place(i)]) own[top + row_place(i)] = z[i][j];
         top_logit = larger(top_logit, z[i][j]);
       }
       const Sum most = larger(running[i], row_largest(top_logit));
@@ -128,7 +132,7 @@ template <bool kStatistics>
 __device__ __forceinline__ void
     visit_segment(Matrix e, Matrix c, const Storage* bias, const Sum* smoothing, int64 dim, int64 vocab,
             int64 segment_columns, int64 capacity, LogitOptions options, Filter filter, RowMap map,
-            const Sum* first, SegmentSums out, uint32* bits, int64 words) {
+            const Sum* first, const Sum* own, SegmentSums out, uint32* bits, int64 words) {
   const int64 tile = blockIdx.x, top = tile * kRowTile, count = *map.count;
   if (top >= count) return;
   __shared__ ForwardShared shared;
@@ -141,7 +145,7 @@ __device__ __forceinline__ void
     shared.target[row] = counts ? map.target[top + row] : -1;
     const Sum bound = counts ? first[top + row] : lowest;
     shared.bound[row] = bound;
-    shared.reference[row] = bound == lowest ? Sum(0) : bound;
+    shared.reference[row] = counts ? own[top + row] : lowest;
     shared.target_logit[row] = lowest;
     shared.rest[row] = 0;
     shared.smoothed[row] = 0;
@@ -193,8 +197,13 @@ __device__ __forceinline__ void
       // A reference that is kept keeps its sums as they are; it moves before they overflow.
       const Sum most = row_largest(highest);
       const Sum old = shared.reference[row];
-      const Sum reference = most - old > Sum(60) ? most : old;
-      const Sum weight = exponential(reference - shared.bound[row]);
+      Sum reference = most - old > Sum(60) ? most : old;
+      // Where everything so far is -inf any finite reference will do.
+      if (reference == lowest) reference = Sum(0);
+      const Sum behind = reference - shared.bound[row];
+      // exp(behind) would underflow where the bound is far ahead.
+      const bool far = behind < Sum(-60);
+      const Sum weight = exponential(behind);
       Sum rest = 0, total = 0, weighted = 0;
 #pragma unroll
       for (int j = 0; j < kThreadN; ++j) {
@@ -207,7 +216,8 @@ __device__ __forceinline__ void
         }
         // The bits of floats that are not negative are ordered like them, with NaN on top.
         if (row < rows)
-          largest[j] = max(largest[j], __float_as_uint(static_cast<float>(s * weight)));
+          largest[j] = max(largest[j], __float_as_uint(static_cast<float>(
+                                           far ? exponential(centred + behind) : s * weight)));
       }
       rest = row_sum(rest);
       if (smoothing != nullptr) smoothed = row_sum(smoothed);
@@ -293,15 +303,15 @@ __device__ __forceinline__ void
 #define CCE_FORWARD_ARGUMENTS                                                                    \
   Matrix e, Matrix c, const Storage *bias, const Sum *smoothing, int64 dim, int64 vocab,         \
       int64 segment_columns, int64 capacity, LogitOptions options, Filter filter, RowMap map,    \
-      const Sum *first, SegmentSums out, uint32 *bits, int64 words
+      const Sum *first, const Sum *own, SegmentSums out, uint32 *bits, int64 words
 
 // Grid: (row tiles, segments of whole column blocks).
 extern "C" __global__ void __launch_bounds__(kThreads) forward(CCE_FORWARD_ARGUMENTS) {
   visit_segment<false>(e, c, bias, smoothing, dim, vocab, segment_columns, capacity, options,
-                       filter, map, first, out, bits, words);
+                       filter, map, first, own, out, bits, words);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) forward_statistics(CCE_FORWARD_ARGUMENTS) {
   visit_segment<true>(e, c, bias, smoothing, dim, vocab, segment_columns, capacity, options,
-                      filter, map, first, out, bits, words);
+                      filter, map, first, own, out, bits, words);
 }

@@ -6,12 +6,12 @@
 
 namespace cce {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 256;
 constexpr int kSideM = 16;  // threads along each side of the block of sums
 constexpr int kSideN = kThreads / kSideM;
 constexpr int kVector = 16 / sizeof(Sum);  // sums in a 16-byte word of shared memory
 constexpr int kBlockM = 128;
-constexpr int kBlockN = sizeof(Sum) == 8 ? 32 : 64;
+constexpr int kBlockN = sizeof(Sum) == 8 ? 64 : 128;
 constexpr int kBlockK = sizeof(Sum) == 8 ? 8 : 16;
 constexpr int kThreadM = kBlockM / kSideM;
 constexpr int kThreadN = kBlockN / kSideN;
@@ -46,23 +46,18 @@ struct alignas(sizeof(T) * kGroup) Group {
   T value[kGroup];
 };
 
-// Read the elements from `at` on of which `left` exist; the others are zeros. Aligned reads are of
-// whole groups, all there or none. Each load is one predicated instruction into its registers: a
-// choice between two ways to fill them would wait for the data at once, and hide no latency.
-template <bool kAligned, typename T>
-__device__ __forceinline__ void read_group(const T* at, int left, Sum (&out)[kGroup]) {
-  if (kAligned) {
-    Group<T> group = {};
-    if (left > 0) group = *reinterpret_cast<const Group<T>*>(at);
+// Read the elements from `at` on of which `left` exist; the others are zeros. Aligned: in one load
+// where a whole group exists.
+template <typename T>
+__device__ __forceinline__ void read_group(const T* at, int left, bool aligned,
+                                           Sum (&out)[kGroup]) {
+  if (aligned && left >= kGroup) {
+    const Group<T> group = *reinterpret_cast<const Group<T>*>(at);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) out[i] = widen(group.value[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      T value = {};
-      if (i < left) value = at[i];
-      out[i] = widen(value);
-    }
+    for (int i = 0; i < kGroup; ++i) out[i] = i < left ? widen(at[i]) : Sum(0);
   }
 }
 
@@ -86,14 +81,13 @@ struct AlongDepth {
     }
   }
 
-  template <bool kAligned>
-  __device__ __forceinline__ void fetch(int k) {
+  __device__ __forceinline__ void fetch(int k, bool aligned) {
     // All groups of a thread stand at the same depth.
     static_assert(kThreads % (kBlockK / kGroup) == 0, "");
     const int at = k + threadIdx.x % (kBlockK / kGroup) * kGroup;
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
-      read_group<kAligned>(row[i] + at, row[i] == nullptr ? 0 : depth - at, held[i]);
+      read_group(row[i] + at, row[i] == nullptr ? 0 : depth - at, aligned, held[i]);
   }
 
   __device__ __forceinline__ void put(Tile<kX>& tile) const {
@@ -120,15 +114,14 @@ struct AcrossDepth {
   int width;
   Sum held[kEach][kGroup];
 
-  template <bool kAligned>
-  __device__ __forceinline__ void fetch(int k) {
+  __device__ __forceinline__ void fetch(int k, bool aligned) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int group = threadIdx.x + i * kThreads;
       const int at = k + group / (kX / kGroup);
       const int x = group % (kX / kGroup) * kGroup;
       const T* row = group < kGroups && at < depth ? rows(at) : nullptr;
-      read_group<kAligned>(row + x, row == nullptr ? 0 : width - x, held[i]);
+      read_group(row + x, row == nullptr ? 0 : width - x, aligned, held[i]);
     }
   }
 
@@ -150,11 +143,14 @@ struct AcrossDepth {
   }
 };
 
-template <bool kAligned, typename A, typename B>
-__device__ __forceinline__ void multiply_blocks(ProductStages& stages, A& a, B& b, int depth,
-                                                Sum (&sums)[kThreadM][kThreadN]) {
-  a.template fetch<kAligned>(0);
-  b.template fetch<kAligned>(0);
+// sums += a b over the whole depth. Every thread of the block calls it; it ends with all of them
+// done with the stages. Aligned: both operands may be read in groups of four elements.
+template <typename A, typename B>
+__device__ __forceinline__ void multiply(ProductStages& stages, A& a, B& b, int depth, bool aligned,
+                                         Sum (&sums)[kThreadM][kThreadN]) {
+  if (depth <= 0) return;
+  a.fetch(0, aligned);
+  b.fetch(0, aligned);
   a.put(stages.a[0]);
   b.put(stages.b[0]);
   __syncthreads();
@@ -162,8 +158,8 @@ __device__ __forceinline__ void multiply_blocks(ProductStages& stages, A& a, B& 
   for (int k = 0; k < depth; k += kBlockK) {
     const bool more = k + kBlockK < depth;
     if (more) {
-      a.template fetch<kAligned>(k + kBlockK);
-      b.template fetch<kAligned>(k + kBlockK);
+      a.fetch(k + kBlockK, aligned);
+      b.fetch(k + kBlockK, aligned);
     }
 #pragma unroll
     for (int step = 0; step < kBlockK; ++step) {
@@ -192,19 +188,6 @@ __device__ __forceinline__ void multiply_blocks(ProductStages& stages, A& a, B& 
       b.put(stages.b[stage]);
     }
     __syncthreads();
-  }
-}
-
-// sums += a b over the whole depth. Every thread of the block calls it; it ends with all of them
-// done with the stages. Aligned: both operands may be read in groups of four elements.
-template <typename A, typename B>
-__device__ __forceinline__ void multiply(ProductStages& stages, A& a, B& b, int depth, bool aligned,
-                                         Sum (&sums)[kThreadM][kThreadN]) {
-  if (depth <= 0) return;
-  if (aligned) {
-    multiply_blocks<true>(stages, a, b, depth, sums);
-  } else {
-    multiply_blocks<false>(stages, a, b, depth, sums);
   }
 }
 
