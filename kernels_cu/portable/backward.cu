@@ -107,6 +107,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int rows = static_cast<int>(min(static_cast<int64>(kRowTile), count - top));
   const int columns = min(kBlockN, listed - first);
   if (threadIdx.x < kBlockN) largest[threadIdx.x] = 0;
+  // The product has barriers of its own only where D > 0.
+  __syncthreads();
 
   AlongDepth<Storage, kBlockM> a(
       [&](int row) { return row < rows ? e.row(map.source[top + row]) : nullptr; }, dim);
