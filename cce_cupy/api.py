@@ -251,7 +251,7 @@ def linear_cross_entropy_value_and_grad(arguments: dict[str, Any]) -> tuple[Any,
     ((4, 8), (1000, 8), None)
     """
     prepared = _prepare(arguments)
-    evaluation = prepared.evaluate(differentiate=True)
+    evaluation = prepared.evaluate(differentiate=True, once=True)
     return prepared.result(evaluation), Gradients(*evaluation.gradients())
 
 
@@ -361,9 +361,9 @@ class _Prepared(NamedTuple):
     plan: Plan | None
     arrays: dict[str, Any]
 
-    def evaluate(self, *, differentiate: bool) -> Evaluation:
+    def evaluate(self, *, differentiate: bool, once: bool = False) -> Evaluation:
         return self.framework.evaluate(
-            self.problem, self.plan, self.arrays, differentiate=differentiate
+            self.problem, self.plan, self.arrays, differentiate=differentiate, once=once
         )
 
     def result(self, evaluation: Evaluation) -> Any:

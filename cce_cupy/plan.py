@@ -64,11 +64,13 @@ class Plan:
     ----------
     tier : str
         The family of kernels; ``"cpu"`` is NumPy and its BLAS.
-    row_group : int
-        Rows of one dense product, a multiple of `ROW_TILE`. Where columns are gathered it is one
-        row tile.
     row_block : int
-        Rows over which dz is held before it enters dC, a multiple of `row_group`.
+        Rows of one dense product and over which dz is held before it enters dC, a multiple of
+        `ROW_TILE`.
+    stored_rows : int
+        The first rows whose logits the forward may leave in the memory of dC, where a backward
+        that follows it at once finds them. Dense products end there, stored or not, so that the
+        sums are the same.
     column_block : int
         Columns of one dense product, a multiple of `COLUMN_CHUNK`.
     segments : int
@@ -93,8 +95,8 @@ class Plan:
     """
 
     tier: str
-    row_group: int
     row_block: int
+    stored_rows: int
     column_block: int
     segments: int
     column_range: int
@@ -131,8 +133,10 @@ def make_plan(problem: Problem) -> Plan:
     rounds = _ITEMSIZE[problem.dtype] < accumulator_bytes
 
     # Elements per block are bounded, so that blocks stay in cache and wide D costs no memory.
-    row_group = min(_fit(2**21 // dim, ROW_TILE, 1024), _whole(tokens, ROW_TILE))
-    row_block = min(_fit(2**21 // dim, row_group, 1024), _whole(tokens, row_group))
+    row_block = min(_fit(2**21 // dim, ROW_TILE, 1024), _whole(tokens, ROW_TILE))
+    # dC of some columns has room for as many rows of their logits as it is wide.
+    stores = not (rounds or filtered_e or filtered_c)
+    stored_rows = min(problem.dim // ROW_TILE * ROW_TILE, row_block) if stores else 0
     columns = _whole(vocab, COLUMN_CHUNK)
     column_block = min(_fit(2**20 // dim, 4 * COLUMN_CHUNK, 1024), columns)
     gather_block = min(_fit(2**20 // dim, 4 * COLUMN_CHUNK, 1024), columns)
@@ -141,16 +145,16 @@ def make_plan(problem: Problem) -> Plan:
         _fit(min(2**22 // dim if rounds else vocab, vocab // 16), 1024, 4096), columns
     )
     # Few rows leave cores idle unless the vocabulary is cut too.
-    groups = -(-max(tokens, 1) // row_group)
+    groups = -(-max(tokens, 1) // row_block)
     segments = max(1, min(-(-16 // groups), vocab // 8192))
 
     filtered = filtered_e or filtered_c
     # A block of c and of e as such, or converted; and the sum of dC that is rounded at the end.
     copies = 2 if rounds else 1
-    blocks = (row_group + copies * column_block) * dim
-    visit = row_group * column_block + 2 * ROW_TILE * column_block + blocks
+    blocks = (row_block + copies * column_block) * dim
+    visit = row_block * column_block + 2 * ROW_TILE * column_block + blocks
     dense = row_block * column_block + 2 * ROW_TILE * column_block + row_block * dim
-    dense += blocks + (2 * row_group + column_block * copies) * dim
+    dense += blocks + (2 * row_block + column_block * copies) * dim
     gathered = 4 * ROW_TILE * gather_block + row_block * dim
     gathered += (2 * ROW_TILE + (copies + 1) * gather_block) * dim
     gathered += column_range * dim if rounds else 0
@@ -174,8 +178,8 @@ def make_plan(problem: Problem) -> Plan:
     concurrency = 1 + (allowed - held) // (accumulator_bytes * each)
     return Plan(
         tier="cpu",
-        row_group=row_group,
         row_block=row_block,
+        stored_rows=stored_rows,
         column_block=column_block,
         segments=segments,
         column_range=column_range,

@@ -24,8 +24,9 @@ def problem(tokens: int = 1024, dim: int = 64, vocab: int = 65536, dtype="float3
 @pytest.mark.parametrize("tokens", [0, 1, 128, 5000])
 def test_blocks_are_whole_tiles_and_chunks(tokens, vocab, dim):
     plan = make_plan(problem(tokens, dim, vocab, "bfloat16"))
-    assert plan.row_group % ROW_TILE == 0
-    assert plan.row_block % plan.row_group == 0
+    assert plan.row_block % ROW_TILE == 0
+    assert plan.stored_rows % ROW_TILE == 0
+    assert plan.stored_rows <= min(dim, plan.row_block)
     for columns in (plan.column_block, plan.column_range, plan.gather_block):
         assert columns > 0
         assert columns % COLUMN_CHUNK == 0

@@ -89,7 +89,12 @@ def _compute(
     try:
         with WorkProgress() as progress:
             evaluation = framework.evaluate(
-                problem, plan, arrays, differentiate=gradients, progress=progress.callback
+                problem,
+                plan,
+                arrays,
+                differentiate=gradients,
+                once=True,
+                progress=progress.callback,
             )
             results = {"loss": evaluation.loss, "lse": evaluation.lse}
             if gradients:

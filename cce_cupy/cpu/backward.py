@@ -63,8 +63,12 @@ class _Piece(NamedTuple):
     columns: slice | Array
     dz: Array
     classifier: Array
-    passed: int
-    """Columns that passed the filter."""
+    passed: Array | None
+    """Which columns passed the filter; dz of the others is 0."""
+
+    @property
+    def number_passed(self) -> int:
+        return 0 if self.passed is None else int(np.count_nonzero(self.passed))
 
 
 class _Turns:
@@ -106,7 +110,8 @@ class _Backward:
         self.scratch = Scratch(call.dtype)
         e, c, bias = call.arrays.e, call.arrays.c, call.arrays.bias
         self.de = np.zeros((call.problem.tokens, call.problem.dim), e.dtype)
-        self.dc = np.zeros(c.shape, c.dtype)
+        # What the stored logits lie in is written whole, range by range as they are consumed.
+        self.dc = np.zeros(c.shape, c.dtype) if saved.stored is None else saved.stored.memory
         self.dbias = None if bias is None else np.zeros(len(bias), call.dtype)
         self.rounds = self.de.dtype != call.dtype
         self.kept = 0
@@ -132,7 +137,9 @@ class _Backward:
 
     def groups(self, sweep: Sweep, first: int, last: int) -> list[tuple[int, int]]:
         """Cut rows into those that a product takes at a time: those with one list of columns."""
-        return spans(first, last, ROW_TILE if sweep.filtered else self.call.plan.row_group)
+        if sweep.filtered:
+            return spans(first, last, ROW_TILE)
+        return spans(first, last, self.call.plan.row_block)
 
     def ranges(self, sweep: Sweep) -> list[tuple[int, int]]:
         """Return the column spans over which dC is completed."""
@@ -152,7 +159,7 @@ class _Backward:
                 part, counted = None, 0
                 for piece in self.pieces(sweep, rows, embeddings, columns):
                     part = self.add_product(part, piece)
-                    counted += piece.passed
+                    counted += piece.number_passed
                 if part is not None:
                     total += part
                 passed += counted
@@ -215,7 +222,7 @@ class _Backward:
                 into = None if dense is None else dense[within]
                 part = None
                 for piece in self.pieces(sweep, rows, embeddings[within], columns, into):
-                    passed += piece.passed
+                    passed += piece.number_passed
                     if sweep.e:
                         part = self.add_product(part, piece)
                     if dense is None:
@@ -224,7 +231,7 @@ class _Backward:
                 if sweep.e:
                     add_rows(number, rows, part)
             if dense is not None:
-                whole = _Piece(slice(*columns), dense, dense, 0)
+                whole = _Piece(slice(*columns), dense, dense, None)
                 self.add_columns(total, columns[0], whole, embeddings, empty=first == 0)
         self.finish_columns(slice(*columns), total)
         return passed
@@ -256,12 +263,32 @@ class _Backward:
             dz = into
             if dz is None:
                 dz = self.scratch.get("dz", len(embeddings), len(classifier))
-            np.matmul(embeddings, classifier.T, out=dz)
-            passed = 0
-            for top in range(0, len(dz), ROW_TILE):
-                tile = _BackwardTile(self, dz[top : top + ROW_TILE], rows[0] + top, piece)
-                passed += tile.form(sweep.filtered)
+            passed = None
+            for first, last in call.products(*rows):
+                within = slice(first - rows[0], last - rows[0])
+                some = embeddings[within]
+                logits = self.logits(dz[within], (first, last), some, classifier, piece)
+                for top, bottom in spans(first, last, ROW_TILE):
+                    tile = _BackwardTile(self, dz[top - rows[0] : bottom - rows[0]], top, piece)
+                    passed = tile.form(logits[top - first : bottom - first], sweep.filtered)
             yield _Piece(piece, dz, classifier, passed)
+
+    def logits(
+        self,
+        room: Array,
+        rows: tuple[int, int],
+        embeddings: Array,
+        classifier: Array,
+        columns: slice | Array,
+    ) -> Array:
+        """Return logits of some rows: those that the forward stored, or recomputed in the room."""
+        stored = self.saved.stored
+        if stored is not None and rows[0] < stored.rows:
+            assert isinstance(columns, slice)
+            return stored.block(columns.start, columns.stop)[slice(*rows)]
+        np.matmul(embeddings, classifier.T, out=room)
+        self.call.logits(room, columns)
+        return room
 
     def add_product(self, part: Array | None, piece: _Piece) -> Array:
         """Add ``dz @ c`` to a group's part of dE, in a buffer of this thread."""
@@ -280,11 +307,17 @@ class _Backward:
         if empty:
             np.matmul(piece.dz.T, embeddings, out=total)
             return
-        product = self.product("next", piece.dz.T, embeddings)
-        if isinstance(piece.columns, slice):
-            total += product
-        else:
-            total[piece.columns - left] += product
+        if piece.passed is None:
+            total += self.product("next", piece.dz.T, embeddings)
+            return
+        assert not isinstance(piece.columns, slice)
+        at = np.flatnonzero(piece.passed)
+        product = self.product("next", piece.dz[:, at].T, embeddings)
+        rows = piece.columns[at] - left
+        product += np.take(
+            total, rows, axis=0, out=self.scratch.get("rows", *product.shape), mode="clip"
+        )
+        total[rows] = product
 
     def finish_rows(self, first: int, total: Array) -> None:
         """Add label smoothing to a sum of dE, scale, round and store it."""
@@ -336,16 +369,15 @@ class _BackwardTile(NamedTuple):
     top: int
     columns: slice | Array
 
-    def form(self, filtered: bool) -> int:
-        """Turn products into dz in place; return how many columns passed the filter."""
+    def form(self, logits: Array, filtered: bool) -> Array | None:
+        """Form dz from logits, which may lie in its place; return which columns passed."""
         run, dz = self.run, self.dz
         call, problem, columns = run.call, run.call.problem, self.columns
         rows = slice(self.top, self.top + len(dz))
-        call.logits(dz, columns)
         slope = None
         if problem.softcap is not None:
-            slope = 1.0 - (dz / problem.softcap) ** 2
-        dz -= run.saved.lse[rows, None].astype(dz.dtype)
+            slope = 1.0 - (logits / problem.softcap) ** 2
+        np.subtract(logits, run.saved.lse[rows, None].astype(dz.dtype), out=dz)
         np.exp(dz, out=dz)
         if call.classes.removed is not None:
             removed = call.classes.removed[columns]
@@ -353,10 +385,9 @@ class _BackwardTile(NamedTuple):
             if slope is not None:
                 slope[:, removed] = 0.0
         hit, at = self._targets(call.rows.target[rows])
-        passed = 0
+        weight = None
         if filtered:
             weight = self._weights(at)
-            passed = int(np.count_nonzero(weight))
             dz *= weight
         dz *= run.factors.softmax[rows, None]
         dz[hit, at] -= run.onehot[rows][hit]
@@ -364,7 +395,7 @@ class _BackwardTile(NamedTuple):
             dz -= run.factors.smoothing[rows, None] * run.smoothing_in_dz[columns]
         if slope is not None:
             dz *= slope
-        return passed
+        return weight
 
     def _targets(self, target: Array) -> tuple[Array, Array]:
         """Return the rows whose target is among the columns, and where it stands there."""

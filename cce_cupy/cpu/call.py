@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,6 +60,14 @@ class Call:
             product *= problem.softcap
             product += poison
 
+    def products(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Cut rows of a dense group where stored logits end, stored or not.
+
+        BLAS may sum in another order where it is given more rows.
+        """
+        split = min(max(self.plan.stored_rows, first), last)
+        return [span for span in ((first, split), (split, last)) if span[0] < span[1]]
+
     @property
     def dtype(self) -> np.dtype[Any]:
         """Dtype of the sums."""
@@ -69,6 +77,22 @@ class Call:
         """Tell whoever asked for it how far a stage has come."""
         if self.progress is not None:
             self.progress(stage, done, total)
+
+
+class StoredLogits(NamedTuple):
+    """Logits of the first rows in memory that becomes dC later.
+
+    The two fit into one another column by column: dC of a range of columns is as large as its
+    logits for as many rows as dC is wide.
+    """
+
+    memory: Array
+    rows: int
+
+    def block(self, left: int, right: int) -> Array:
+        """Return the logits of a range of columns, of shape (rows, columns)."""
+        width = right - left
+        return self.memory[left:right].reshape(-1)[: self.rows * width].reshape(self.rows, width)
 
 
 def spans(first: int, last: int, size: int) -> list[tuple[int, int]]:

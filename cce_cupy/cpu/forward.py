@@ -9,7 +9,7 @@ import numpy as np
 
 from ..plan import COLUMN_CHUNK, MARGIN, ROW_TILE
 from . import columns as kept
-from .call import Call, spans
+from .call import Call, StoredLogits, spans
 from .memory import Array, Scratch, Workers
 
 
@@ -27,6 +27,8 @@ class Forward:
         Kept-column bits of each row tile.
     entropy : ndarray of float64 or None
     argmax : ndarray of int64 or None
+    stored : StoredLogits or None
+        Some of the logits, which the backward consumes.
     """
 
     lse: Array
@@ -35,6 +37,7 @@ class Forward:
     bits: Array | None
     entropy: Array | None
     argmax: Array | None
+    stored: StoredLogits | None = None
 
 
 class _RowState:
@@ -85,7 +88,9 @@ def _moved(weighted: Array, total: Array, shift: Array) -> Array:
     return np.asarray(weighted + np.where(total > 0.0, shift, 0.0) * total)
 
 
-def forward(call: Call, *, keep_columns: bool, statistics: bool = False) -> Forward:
+def forward(
+    call: Call, *, keep_columns: bool, statistics: bool = False, store: bool = False
+) -> Forward:
     """Visit every logit once.
 
     Parameters
@@ -95,6 +100,8 @@ def forward(call: Call, *, keep_columns: bool, statistics: bool = False) -> Forw
         Leave the kept-column bits for a backward.
     statistics : bool
         Also form entropy and argmax.
+    store : bool
+        Leave logits in the memory of dC for one backward, as far as the plan allows.
 
     Returns
     -------
@@ -107,8 +114,9 @@ def forward(call: Call, *, keep_columns: bool, statistics: bool = False) -> Forw
         kept.new_bits(rows, vocab) if filtered else None,
         statistics,
         Scratch(call.dtype),
+        _new_store(call) if store else None,
     )
-    groups = spans(0, rows, plan.row_group)
+    groups = spans(0, rows, plan.row_block)
     segments = spans(0, vocab, _segment_columns(vocab, plan.segments, plan.column_block))
     items = [(group, segment) for group in groups for segment in segments]
     states: list[_RowState] = []
@@ -131,6 +139,11 @@ def _segment_columns(vocab: int, segments: int, column_block: int) -> int:
     return max(-(-vocab // (segments * column_block)), 1) * column_block
 
 
+def _new_store(call: Call) -> StoredLogits | None:
+    rows = min(call.plan.stored_rows, len(call.rows))
+    return StoredLogits(np.empty(call.arrays.c.shape, call.dtype), rows) if rows else None
+
+
 class _ForwardRun(NamedTuple):
     """What the parts of one forward share."""
 
@@ -138,6 +151,7 @@ class _ForwardRun(NamedTuple):
     bits: Array | None
     statistics: bool
     scratch: Scratch
+    stored: StoredLogits | None
 
     def first_bounds(self, group: tuple[int, int]) -> Array:
         """Bound each row's lse from below by the logits of its row tile's targets.
@@ -169,11 +183,23 @@ class _ForwardRun(NamedTuple):
         state = _RowState(bound, self.statistics)
         embeddings = call.embeddings(first, last)
         for start, stop in spans(left, right, call.plan.column_block):
-            block = self.scratch.get("logits", last - first, stop - start)
-            np.matmul(embeddings, call.classifier(slice(start, stop)).T, out=block)
-            for top, bottom in spans(0, last - first, ROW_TILE):
-                tile = _ForwardTile(self, state, block[top:bottom], first, top, start)
-                tile.visit()
+            classifier = call.classifier(slice(start, stop))
+            for begin, end in call.products(first, last):
+                block = self.scratch.get("logits", end - begin, stop - start)
+                np.matmul(embeddings[begin - first : end - first], classifier.T, out=block)
+                store = None
+                if self.stored is not None and begin < self.stored.rows:
+                    store = self.stored.block(start, stop)[begin:end]
+                for top, bottom in spans(0, end - begin, ROW_TILE):
+                    _ForwardTile(
+                        run=self,
+                        state=state,
+                        logits=block[top:bottom],
+                        store=None if store is None else store[top:bottom],
+                        group=first,
+                        top=begin - first + top,
+                        left=start,
+                    ).visit()
         return state
 
     def finish(self, states: list[_RowState]) -> Forward:
@@ -199,7 +225,8 @@ class _ForwardRun(NamedTuple):
             total, weighted = joined("total"), joined("weighted")
             entropy = np.maximum(np.log(total) - weighted / total, 0.0)
             argmax = joined("argmax").astype(np.int64)
-        return Forward(lse, nll, joined("smoothed_logit"), self.bits, entropy, argmax)
+        smoothed = joined("smoothed_logit")
+        return Forward(lse, nll, smoothed, self.bits, entropy, argmax, self.stored)
 
 
 class _ForwardTile(NamedTuple):
@@ -208,6 +235,8 @@ class _ForwardTile(NamedTuple):
     run: _ForwardRun
     state: _RowState
     logits: Array
+    store: Array | None
+    """Where to leave the logits for the backward."""
     group: int
     top: int
     left: int
@@ -246,40 +275,43 @@ class _ForwardTile(NamedTuple):
         # Where everything so far is -inf any finite reference will do.
         reference[reference == -np.inf] = 0.0
         reference[infinite] = np.nan
+        if self.store is not None:
+            # Not the product's own output: BLAS would visit that memory, cold, several times.
+            np.copyto(self.store, z)
         z -= reference[:, None]
         state.reference[rows] = reference
         shift = old - state.reference[rows]
         if run.statistics:
-            self._entropy(rows, shift)
+            self._entropy(z, rows, shift)
         else:
             np.exp(z, out=z)
 
         if run.bits is not None:
-            kept.put_bits(run.bits, self.number, self.left, self._keep(at))
+            kept.put_bits(run.bits, self.number, self.left, self._keep(z, at))
         z[hit, at] = 0.0
         state.rest[rows] = state.rest[rows] * np.exp(shift) + z.sum(axis=1)
         seen = state.reference[rows] + np.log(state.rest[rows])
         state.bound[rows] = np.maximum(state.bound[rows], seen)
 
-    def _keep(self, targets: Array) -> Array:
+    def _keep(self, z: Array, targets: Array) -> Array:
         """Test the columns against a lower bound of lse: a superset of what the backward keeps.
 
-        The logits are exp(z - reference) by now, and the reference is no larger than lse.
+        The logits are exp(z - reference) here, and the reference is no larger than lse.
         """
-        call, plan, width = self.run.call, self.run.call.plan, self.logits.shape[1]
+        call, plan, width = self.run.call, self.run.call.plan, z.shape[1]
         threshold: Any = plan.filter_eps * np.exp(-MARGIN)
         if plan.gradient_filter == "unbiased":
             chunk = self.left // COLUMN_CHUNK
             u = kept.uniforms(call.seed, self.number, chunk, chunk - -width // COLUMN_CHUNK)
             threshold = np.repeat(u, COLUMN_CHUNK)[:width] * threshold
         # Not (largest >= threshold): a NaN must be kept, so that it reaches the gradients.
-        keep = ~(self.logits.max(axis=0) < threshold)
+        keep = ~(z.max(axis=0) < threshold)
         keep[targets] = True
         return np.asarray(keep)
 
-    def _entropy(self, rows: slice, shift: Array) -> None:
+    def _entropy(self, z: Array, rows: slice, shift: Array) -> None:
         """Exponentiate the logits in place, and update the sums that entropy needs."""
-        state, z = self.state, self.logits
+        state = self.state
         # exp(-1e4) is 0 in every dtype, and 0 * -1e4 is 0 where 0 * -inf would be NaN.
         centred = np.maximum(z, -1e4)
         np.exp(z, out=z)

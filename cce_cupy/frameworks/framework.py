@@ -93,17 +93,19 @@ class Framework:
         arrays: Mapping[str, Any],
         *,
         differentiate: bool,
+        once: bool = False,
         progress: Progress | None = None,
     ) -> Evaluation:
         """Compute a loss, and with `differentiate` what its pullback needs.
 
-        A plan is made for the host; without one the arrays are on a device.
+        With `once` there will be one pullback at most, which may use up what it needs. A plan is
+        made for the host; without one the arrays are on a device.
         """
         like = arrays["e"]
         if plan is None:
             return self._evaluate_on_device(problem, arrays, differentiate)
         host = HostCall(problem, plan, self._host_arrays(arrays), progress)
-        host.run_forward(keep_columns=differentiate)
+        host.run_forward(keep_columns=differentiate, once=once and differentiate)
 
         def pullback(dloss: Any, dlse: Any) -> tuple[Any, Any, Any]:
             shape = problem.batch_shape if problem.reduction == "none" else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,13 @@ class HostCall:
         self.normalizer = tokens.normalizer(problem.reduction, self.weights)
         self._forward: Forward | None = None
 
-    def run_forward(self, *, keep_columns: bool, statistics: bool = False) -> None:
-        """Compute what everything else is made of."""
-        self._forward = forward(self.call, keep_columns=keep_columns, statistics=statistics)
+    def run_forward(
+        self, *, keep_columns: bool, statistics: bool = False, once: bool = False
+    ) -> None:
+        """Compute what everything else is made of; with `once` for one pullback at most."""
+        self._forward = forward(
+            self.call, keep_columns=keep_columns, statistics=statistics, store=once
+        )
 
     @property
     def saved(self) -> Forward:
@@ -116,7 +121,10 @@ class HostCall:
                 upstream.reshape(-1)[at] * self.normalizer,
                 None if dlse is None else dlse.reshape(-1)[at].astype(np.float64),
             )
-        return backward(self.call, self.saved, factors)
+        saved = self.saved
+        # Stored logits are gone afterwards: what they lie in becomes dC.
+        self._forward = dataclasses.replace(saved, stored=None)
+        return backward(self.call, saved, factors)
 
     def _at_targets(self, values: Array, dtype: np.dtype[Any], ignored: int = 0) -> Array:
         placed = np.full(self.problem.batch_shape, ignored, dtype)

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--dim", type=int, default=640)
     parser.add_argument("--vocab", type=int, default=65536)
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds after one to warm up")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds after one to warm up")
     parser.add_argument("--json", help="file to record the figures in")
     parser.add_argument("--resident", help=argparse.SUPPRESS)
     options = parser.parse_args()
