@@ -138,15 +138,15 @@ def make_plan(problem: Problem) -> Plan:
     stores = not (rounds or filtered_e or filtered_c)
     stored_rows = min(problem.dim // ROW_TILE * ROW_TILE, row_block) if stores else 0
     columns = _whole(vocab, COLUMN_CHUNK)
-    column_block = min(_fit(2**20 // dim, 4 * COLUMN_CHUNK, 1024), columns)
-    gather_block = min(_fit(2**20 // dim, 4 * COLUMN_CHUNK, 1024), columns)
+    column_block = min(_fit(2**21 // dim, 3 * COLUMN_CHUNK, 1536), columns)
+    gather_block = min(_fit(2**21 // dim, 3 * COLUMN_CHUNK, 1536), columns)
     # Where the output is rounded, dC is summed in a buffer of column_range x D.
     column_range = min(
         _fit(min(2**22 // dim if rounds else vocab, vocab // 16), 1024, 4096), columns
     )
     # Few rows leave cores idle unless the vocabulary is cut too.
     groups = -(-max(tokens, 1) // row_block)
-    segments = max(1, min(-(-16 // groups), vocab // 8192))
+    segments = max(1, min(-(-16 // groups), vocab // 4096))
 
     filtered = filtered_e or filtered_c
     # A block of c and of e as such, or converted; and the sum of dC that is rounded at the end.
