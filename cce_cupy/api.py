@@ -84,8 +84,9 @@ def linear_cross_entropy(
     ``softcap(x) = softcap * tanh(x / softcap)``; the loss of a token is
     ``logsumexp(z) - z[target]``. Memory beyond inputs and outputs does not grow with N * V.
 
-    All arrays come from one framework (NumPy, torch, JAX, or any other with ``__dlpack__``) and
-    one device. They are never written to. Non-contiguous arrays work.
+    All arrays come from one framework (NumPy, CuPy, torch, JAX, or any other with
+    ``__dlpack__``) and one device, the CPU or an NVIDIA GPU. They are never written to.
+    Non-contiguous arrays work.
 
     Parameters
     ----------
@@ -142,11 +143,13 @@ def linear_cross_entropy(
         Whether the filter applies to the gradient of e, and to those of c and bias. They count
         in the functions that return gradients.
     check_targets : bool
-        On the CPU targets are always checked.
+        On the CPU targets are always checked. On a GPU a target out of range makes its token NaN,
+        and with it whatever its token has a part in; True raises the ValueError instead, which
+        waits for the device.
     workspace_bytes : int, optional
         Most memory to use beyond inputs, outputs, one bit for each row tile and class, and a few
-        words a token. Default 128 MiB, or the least that is possible where that is more. It
-        never changes a bit of a result.
+        words a token. Default 128 MiB, or the least that is possible where that is more. On the
+        CPU it never changes a bit of a result; on a GPU it may change the last bits of gradients.
 
     Returns
     -------
@@ -159,7 +162,9 @@ def linear_cross_entropy(
     ------
     TypeError, ValueError
         Before any work, naming the argument, what was given and what is accepted. Among others
-        for the first target that is out of range.
+        for the first target that is out of range, on a GPU with check_targets only.
+    ImportError
+        For arrays on a GPU without CuPy.
 
     See Also
     --------

@@ -309,8 +309,7 @@ def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
     sums = _ITEMSIZE[problem.accumulator]
     rows, dim, vocab = problem.tokens, problem.dim, problem.vocab
     tiles = -(-rows // ROW_TILE)
-    # Enough segments for two blocks a multiprocessor, each of at least eight column blocks.
-    segments = max(1, min(-(-2 * processors // max(tiles, 1)), vocab // (8 * _DENSE_BLOCK)))
+    segments = _segments(max(tiles, 1), 2 * processors, vocab // (8 * _DENSE_BLOCK))
     segment_columns = _whole(-(-vocab // segments), _DENSE_BLOCK)
     segments = max(1, -(-vocab // segment_columns))
     words = -(-vocab // COLUMN_CHUNK)
@@ -379,6 +378,21 @@ def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
         forward=forward,
         backward=backward,
     )
+
+
+def _segments(tiles: int, slots: int, most: int) -> int:
+    """Return into how many parts to cut the vocabulary so that blocks fill the device evenly.
+
+    A last wave of a few blocks takes as long as a full one. Fewer parts of equal merit: each
+    takes its own sums of every row.
+    """
+
+    def idle(parts: int) -> float:
+        blocks = tiles * parts
+        return 1.0 - blocks / (-(-blocks // slots) * slots)
+
+    candidates = range(1, max(1, min(max(2 * slots // tiles, 2), most)) + 1)
+    return min(candidates, key=lambda parts: (max(idle(parts), 0.04), parts))
 
 
 def lay_out(room: Room) -> tuple[dict[str, int], int]:

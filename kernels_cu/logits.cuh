@@ -11,18 +11,14 @@ struct LogitOptions {
   double softcap;  // 0: none
 };
 
-// A removed entry, one with a bias of -inf, has a logit of -inf whatever its row of c holds.
-struct Logit {
-  Sum value;
-  bool removed;
-};
-
-__device__ __forceinline__ Logit make_logit(Sum product, const Storage* bias, int64 column,
-                                            const LogitOptions& options) {
+// A removed entry, one with a bias of -inf, has a logit of -inf whatever its row of c holds; no
+// other logit is -inf.
+__device__ __forceinline__ Sum make_logit(Sum product, const Storage* bias, int64 column,
+                                          const LogitOptions& options) {
   Sum x = product * static_cast<Sum>(options.scale);
   if (bias != nullptr) {
     const Sum b = widen(bias[column]);
-    if (b == -static_cast<Sum>(infinity())) return {b, true};
+    if (b == -static_cast<Sum>(infinity())) return b;
     x += b;
   }
   if (options.softcap > 0.0) {
@@ -32,7 +28,7 @@ __device__ __forceinline__ Logit make_logit(Sum product, const Storage* bias, in
   }
   // Only a removed entry may be -inf: from an infinite input it must come out as NaN.
   if (x == -static_cast<Sum>(infinity())) x = static_cast<Sum>(not_a_number());
-  return {x, false};
+  return x;
 }
 
 // dz/dx at a logit.

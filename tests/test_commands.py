@@ -1,6 +1,7 @@
 """The command line: demo, loss and info, by way of `cce_cupy.__main__.main`."""
 
 import ctypes
+import ctypes.util
 import os
 import subprocess
 import sys
@@ -630,8 +631,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"cce_cupy  │ {cce_cupy.__version__}" in output
     assert np.__version__ in output
     for dtype in ("float64", "float32", "float16", "bfloat16"):
-        assert f"│ {dtype:<8} │ cpu  │" in output
-    assert "no CUDA kernels yet" in output
+        assert f"│ {dtype:<8} │ cpu │ portable │" in output
 
 
 def test_info_imports_no_framework() -> None:
@@ -649,8 +649,15 @@ def test_info_imports_no_framework() -> None:
 class FakeDriver:
     """The few calls of libcuda that `info` makes, each writing through its first argument."""
 
-    def __init__(self, version: int = 13000, devices: int = 2, initialised: int = 0) -> None:
+    def __init__(
+        self,
+        version: int = 13000,
+        devices: int = 2,
+        initialised: int = 0,
+        capability: tuple[int, int] = (9, 0),
+    ) -> None:
         self._version, self._devices, self.cuInit = version, devices, lambda flags: initialised
+        self._capability = capability
 
     def cuDriverGetVersion(self, version: Any) -> int:
         version._obj.value = self._version
@@ -669,22 +676,51 @@ class FakeDriver:
         return 0
 
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
-        value._obj.value = {75: 9, 76: 0}[attribute]
+        value._obj.value = dict(zip((75, 76), self._capability, strict=True))[attribute]
         return 0
+
+
+def shown_by_info(
+    driver: Any,
+    packages: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> str:
+    """Run `info` where this is the driver and pip has installed these packages alone."""
+
+    def load(name: str) -> Any:
+        if isinstance(driver, OSError):
+            raise driver
+        return driver
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(info, "_version", packages.get)
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    for variable in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX"):
+        monkeypatch.delenv(variable, raising=False)
+    assert main(["info"]) == 0
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("driver", "expected"),
     [
         (FakeDriver(), ["cuda:1", "GPU number 1, compute capability 9.0", "CUDA 13.0",
-                        "pip install 'cce-cupy[cuda13x]'."]),
-        (FakeDriver(12040), ["CUDA 12.4", "pip install 'cce-cupy[cuda12x]'."]),
-        (FakeDriver(initialised=100), ["shows no GPU"]),
-        (OSError("libcuda.so.1: cannot open shared object file"), [
-            "No NVIDIA driver found.",
-            "CuPy is not installed: pip install 'cce-cupy[cuda13x]' (cuda12x for a driver",
+                        "- CuPy is not installed: pip install 'cce-cupy[cuda13x]'.",
+                        "- NVRTC, which compiles the kernels, was not found",
+                        "pip install 'cupy-cuda13x[ctk]'"]),
+        (FakeDriver(12040), ["CUDA 12.4", "pip install 'cce-cupy[cuda12x]'.",
+                             "pip install 'cupy-cuda12x[ctk]'"]),
+        (FakeDriver(capability=(7, 0)), [
+            "- cuda:0 is of compute capability 7.0: the kernels need 7.5 or newer.",
+            "- cuda:1 is of compute capability 7.0",
         ]),
-        (object(), ["No NVIDIA driver found."]),  # a library without the functions
+        (FakeDriver(initialised=100), ["- An NVIDIA driver is installed but shows no GPU."]),
+        (OSError("libcuda.so.1: cannot open shared object file"), [
+            "- No NVIDIA driver found.",
+            "- CuPy is not installed: pip install 'cce-cupy[cuda13x]' (cuda12x for a driver",
+        ]),
+        (object(), ["- No NVIDIA driver found."]),  # a library without the functions
     ],
 )  # fmt: skip
 def test_info_about_gpus(
@@ -693,28 +729,72 @@ def test_info_about_gpus(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def load(name: str) -> Any:
-        if isinstance(driver, OSError):
-            raise driver
-        return driver
-
-    monkeypatch.setattr(ctypes, "CDLL", load)
-    monkeypatch.setattr(info, "_version", lambda package: None)
-    assert main(["info"]) == 0
-    output = capsys.readouterr().out
-    for text in expected:
+    output = shown_by_info(driver, {}, monkeypatch, capsys)
+    for text in ["Missing for arrays on a GPU:\n", *expected]:
         assert text in output
 
 
-def test_info_with_cupy(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+WITH_CUPY = {"cupy-cuda13x": "14.2.0", "nvidia-cuda-nvrtc": "13.0.88"}
+
+
+@pytest.mark.parametrize(
+    ("version", "packages", "expected"),
+    [
+        (13000, {"cupy-cuda13x": "14.2.0"}, ["NVRTC of CUDA 13, which", "'cupy-cuda13x[ctk]'"]),
+        (13000, {"cupy-cuda13x": "14.2.0", "nvidia-cuda-nvrtc-cu12": "12.9.86"},
+         ["NVRTC of CUDA 13, which"]),
+        (13000, WITH_CUPY | {"cupy-cuda13x": "13.6.0"},
+         ["CuPy 13.6.0 is older than 14.2: pip install 'cupy-cuda13x>=14.2'."]),
+        (12090, WITH_CUPY, ["cupy-cuda13x needs a driver of CUDA 13, this one is of CUDA 12.9",
+                            "pip install 'cce-cupy[cuda12x]'"]),
+    ],
+)  # fmt: skip
+def test_info_about_what_does_not_fit(
+    version: int,
+    packages: dict[str, str],
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    installed = {"cupy-cuda12x": "14.2.0"}
-    monkeypatch.setattr(info, "_version", installed.get)
-    assert main(["info"]) == 0
-    output = capsys.readouterr().out
-    assert "14.2.0 (cupy-cuda12x)" in output
-    assert "CuPy is not installed" not in output
+    output = shown_by_info(FakeDriver(version), packages, monkeypatch, capsys)
+    lines = output.partition("Missing for arrays on a GPU:\n")[2].splitlines()
+    assert len(lines) == 1
+    for text in expected:
+        assert text in lines[0]
+
+
+@pytest.mark.parametrize(
+    "packages",
+    [
+        WITH_CUPY,
+        {"cupy-cuda12x": "14.2.0", "nvidia-cuda-nvrtc-cu12": "12.9.86"},
+        {"cupy": "15.0.0rc1", "nvidia-cuda-nvrtc-cu12": "12.9.86"},
+    ],
+)
+def test_info_where_nothing_is_missing(
+    packages: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = shown_by_info(FakeDriver(), packages, monkeypatch, capsys)
+    for package, version in packages.items():
+        assert f"{version} ({package})" in output
+    assert "Nothing is missing for arrays on a GPU." in output
+    assert "Missing for" not in output
+
+
+def test_info_finds_the_compiler_of_a_toolkit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lib64").mkdir()
+    for name in ("libnvrtc-builtins.so.13.0", "libnvrtc.so", "libnvrtc.so.13"):
+        (tmp_path / "lib64" / name).touch()
+    monkeypatch.setattr(info, "_version", lambda package: None)
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: "libnvrtc.so.12")
+    for variable in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX"):
+        monkeypatch.delenv(variable, raising=False)
+    assert info.find_nvrtc(13) is None
+    assert info.find_nvrtc(12) == info.find_nvrtc(None) == "libnvrtc.so.12"
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path))
+    assert info.find_nvrtc(13) == str(tmp_path / "lib64" / "libnvrtc.so.13")
 
 
 # The front

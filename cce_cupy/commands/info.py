@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 import ctypes
+import ctypes.util
 import os
 import platform
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..plan import make_plan
+from ..plan import make_gpu_plan, make_plan
 from ..problem import FLOAT_DTYPES, ArraySpec, Options, Problem
 from ..version import VERSION
 
-CUPY_PACKAGES = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
+CUPY_PACKAGES = {"cupy-cuda13x": 13, "cupy-cuda12x": 12, "cupy": None}
+"""With the CUDA version each is for; one built from source does not say."""
+
+NVRTC_PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
+OLDEST_CUPY = (14, 2)
+OLDEST_CAPABILITY = (7, 5)
+
 SHOWN_PACKAGES = ("ml_dtypes", "torch", "jax", "jaxlib")
 
 EXAMPLE = {"tokens": 8192, "dim": 2048, "vocab": 131072}
 """Sizes for which the plan is shown."""
 
+_NVRTC_FILE = re.compile(r"(?:libnvrtc\.so\.|nvrtc64_)(1\d)")
+_TOOLKIT_VARIABLES = ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX")
+
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU: its name and compute capability, such as ``(9, 0)``."""
+
+    name: str
+    capability: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -35,12 +56,29 @@ class Driver:
     ----------
     cuda : tuple of int
         The newest CUDA version it can run, such as ``(13, 0)``.
-    devices : tuple of str
-        Name and compute capability of each GPU.
+    devices : tuple of Gpu
     """
 
     cuda: tuple[int, int]
-    devices: tuple[str, ...]
+    devices: tuple[Gpu, ...]
+
+
+@dataclass(frozen=True)
+class Cupy:
+    """An installed CuPy.
+
+    Attributes
+    ----------
+    package : str
+        The name it was installed by.
+    version : str
+    cuda : int or None
+        The CUDA version it is for, 12 or 13, where its package says so.
+    """
+
+    package: str
+    version: str
+    cuda: int | None
 
 
 def run() -> int:
@@ -53,11 +91,20 @@ def run() -> int:
     """
     console = Console()
     driver = find_driver()
-    cupy = _find_cupy()
-    console.print(_versions(cupy))
+    cupy = find_cupy()
+    nvrtc = find_nvrtc(cupy.cuda if cupy else _newest_cuda(driver))
+    console.print(_versions(cupy, nvrtc))
     console.print(_devices(driver))
     console.print(_tiers())
-    for line in missing_for_gpu(driver, cupy):
+    lines = missing_for_gpu(driver, cupy, nvrtc)
+    if lines:
+        lines = ["Missing for arrays on a GPU:", *(f"- {line}" for line in lines)]
+    else:
+        lines = [
+            "Nothing is missing for arrays on a GPU. Its kernels are compiled at the first call "
+            "that needs them, or beforehand by: cce-cupy warmup"
+        ]
+    for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -79,42 +126,98 @@ def find_driver() -> Driver | None:
     return Driver((version.value // 1000, version.value % 1000 // 10), tuple(devices))
 
 
-def missing_for_gpu(driver: Driver | None, cupy: str | None) -> list[str]:
+def find_cupy() -> Cupy | None:
+    """Return the CuPy that is installed."""
+    for package, cuda in CUPY_PACKAGES.items():
+        if version := _version(package):
+            return Cupy(package, version, cuda)
+    return None
+
+
+def find_nvrtc(cuda: int | None) -> str | None:
+    """Return where the compiler of the kernels is, of a CUDA version or of any; None for nowhere.
+
+    Looks at what pip has installed, at toolkits that the environment names, and where the
+    system's loader does.
+    """
+    return next((place for major, place in _nvrtcs() if cuda in (None, major)), None)
+
+
+def missing_for_gpu(driver: Driver | None, cupy: Cupy | None, nvrtc: str | None) -> list[str]:
     """Return a line for each thing that stands between this installation and a GPU."""
-    lines = [
-        "This version has no CUDA kernels yet: everything is computed on the CPU, with or "
-        "without a GPU."
-    ]
+    lines = []
+    extra = f"cuda{_newest_cuda(driver)}x"
     if driver is None:
         lines.append("No NVIDIA driver found.")
     elif not driver.devices:
         lines.append("An NVIDIA driver is installed but shows no GPU.")
+    else:
+        lines += [
+            f"cuda:{number} is of compute capability {_dotted(gpu.capability)}: the kernels need "
+            f"{_dotted(OLDEST_CAPABILITY)} or newer."
+            for number, gpu in enumerate(driver.devices)
+            if gpu.capability < OLDEST_CAPABILITY
+        ]
     if cupy is None:
-        extra = "cuda13x" if driver is None or driver.cuda >= (13, 0) else "cuda12x"
         other = " (cuda12x for a driver of CUDA 12)" if driver is None else ""
         lines.append(f"CuPy is not installed: pip install 'cce-cupy[{extra}]'{other}.")
+    else:
+        numbers = re.findall(r"\d+", cupy.version)[:2]
+        if tuple(int(number) for number in numbers) < OLDEST_CUPY:
+            lines.append(
+                f"CuPy {cupy.version} is older than {_dotted(OLDEST_CUPY)}: "
+                f"pip install '{cupy.package}>={_dotted(OLDEST_CUPY)}'."
+            )
+        if driver is not None and cupy.cuda is not None and cupy.cuda > driver.cuda[0]:
+            lines.append(
+                f"{cupy.package} needs a driver of CUDA {cupy.cuda}, this one is of CUDA "
+                f"{_dotted(driver.cuda)}: put a newer driver there, or pip uninstall "
+                f"{cupy.package} and pip install 'cce-cupy[{extra}]'."
+            )
+    if nvrtc is None:
+        package = f"cupy-{extra}" if cupy is None else cupy.package
+        version = "" if cupy is None or cupy.cuda is None else f" of CUDA {cupy.cuda}"
+        lines.append(
+            f"NVRTC{version}, which compiles the kernels, was not found: it comes with the CUDA "
+            f"toolkit or pip install '{package}[ctk]'."
+        )
     return lines
 
 
-def _describe_device(cuda: Any, number: int) -> str:
+def _describe_device(cuda: Any, number: int) -> Gpu:
     device = ctypes.c_int()
     name = ctypes.create_string_buffer(128)
     cuda.cuDeviceGet(ctypes.byref(device), number)
     cuda.cuDeviceGetName(name, len(name), device)
-    capability = []
-    for attribute in _COMPUTE_CAPABILITY:
-        value = ctypes.c_int()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    for value, attribute in zip((major, minor), _COMPUTE_CAPABILITY, strict=True):
         cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-        capability.append(str(value.value))
-    label = name.value.decode(errors="replace")
-    return f"{label}, compute capability {'.'.join(capability)}"
+    return Gpu(name.value.decode(errors="replace"), (major.value, minor.value))
 
 
-def _find_cupy() -> str | None:
-    for package in CUPY_PACKAGES:
+def _nvrtcs() -> Iterator[tuple[int, str]]:
+    """Yield the CUDA version and the place of every NVRTC in sight."""
+    for package in NVRTC_PACKAGES:
         if version := _version(package):
-            return f"{version} ({package})"
-    return None
+            yield int(version.partition(".")[0]), f"{version} ({package})"
+    for variable in _TOOLKIT_VARIABLES:
+        root = os.environ.get(variable)
+        for folder in ("lib64", "lib", "bin") if root else ():
+            for path in sorted(Path(str(root), folder).glob("*nvrtc*")):
+                if found := _NVRTC_FILE.match(path.name):
+                    yield int(found[1]), str(path)
+    library = ctypes.util.find_library("nvrtc") or ""
+    if found := _NVRTC_FILE.match(Path(library).name):
+        yield int(found[1]), library
+
+
+def _newest_cuda(driver: Driver | None) -> int:
+    """Return the newest CUDA version that CuPy has a package for and the driver can run."""
+    return 13 if driver is None or driver.cuda >= (13, 0) else 12
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
 
 
 def _version(package: str) -> str | None:
@@ -133,14 +236,15 @@ def _blas() -> str:
         return "unknown BLAS"
 
 
-def _versions(cupy: str | None) -> Table:
+def _versions(cupy: Cupy | None, nvrtc: str | None) -> Table:
     table = Table(title="Versions", title_justify="left", show_header=False)
     table.add_row("cce_cupy", VERSION)
     table.add_row("Python", f"{platform.python_version()} ({platform.python_implementation()})")
     table.add_row("NumPy", f"{np.__version__}, {_blas()}")
     for package in SHOWN_PACKAGES:
         table.add_row(package, _version(package) or "not installed")
-    table.add_row("CuPy", cupy or "not installed")
+    table.add_row("CuPy", f"{cupy.version} ({cupy.package})" if cupy else "not installed")
+    table.add_row("NVRTC", nvrtc or "not found")
     return table
 
 
@@ -152,9 +256,10 @@ def _devices(driver: Driver | None) -> Table:
         usable = len(os.sched_getaffinity(0))
     table.add_row("cpu", f"{platform.machine()}, {usable} of {processors} processors usable")
     for number, device in enumerate(driver.devices if driver else ()):
-        table.add_row(f"cuda:{number}", device)
+        capability = _dotted(device.capability)
+        table.add_row(f"cuda:{number}", f"{device.name}, compute capability {capability}")
     if driver:
-        table.add_row("NVIDIA driver", f"CUDA {driver.cuda[0]}.{driver.cuda[1]}")
+        table.add_row("NVIDIA driver", f"CUDA {_dotted(driver.cuda)}")
     return table
 
 
@@ -166,7 +271,7 @@ def _tiers() -> Table:
         f"V = {EXAMPLE['vocab']:,}, default options.",
         caption_justify="left",
     )
-    for heading in ("dtype", "tier", "gradient filter", "workspace"):
+    for heading in ("dtype", "CPU", "GPU", "gradient filter", "workspace, CPU"):
         table.add_column(heading)
     for dtype in FLOAT_DTYPES:
         tokens, dim, vocab = EXAMPLE["tokens"], EXAMPLE["dim"], EXAMPLE["vocab"]
@@ -181,5 +286,7 @@ def _tiers() -> Table:
         plan = make_plan(problem)
         chosen = plan.gradient_filter
         shown = "off" if chosen is None else f"{chosen}, eps {plan.filter_eps:.1e}"
-        table.add_row(dtype, plan.tier, shown, f"{plan.workspace_bytes / 2**20:.0f} MiB")
+        on_gpu = make_gpu_plan(problem, processors=1)  # whose number does not change the tier
+        workspace = f"{plan.workspace_bytes / 2**20:.0f} MiB"
+        table.add_row(dtype, plan.tier, on_gpu.tier, shown, workspace)
     return table

@@ -8,6 +8,9 @@
 
 namespace cce {
 
+// In float64 the registers of dz do not suffice for kBlocks.
+constexpr int kBackwardBlocks = sizeof(Sum) == 8 ? 1 : kBlocks;
+
 // The columns of a range that each row tile works on, ascending.
 struct Lists {
   int* column;   // (tiles, width): offset of a listed column from the range's first
@@ -55,7 +58,7 @@ __device__ __forceinline__ const Storage* present_row(const Matrix& c, const Sto
 using namespace cce;
 
 // List the kept columns of a range for each row tile; bits that are null keep all. Grid: row tiles.
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     list_columns(RowMap map, const uint32* bits, int64 words, const int* unbounded, int64 left,
                  int64 right, Lists lists) {
   const int64 tile = blockIdx.x;
@@ -90,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 }
 
 // Recompute the logits of listed columns and form their dz. Grid: (row tiles, column blocks).
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     dlogits(Matrix e, Matrix c, const Storage* bias, int64 dim, int64 left, LogitOptions options,
             Filter filter, RowMap map, Lists lists, const Sum* lse, RowFactors factors,
             const Sum* smoothing, Records records, unsigned long long* passed) {
@@ -119,12 +122,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       dim);
   Sum z[kThreadM][kThreadN] = {};
   multiply(stages, a, b, static_cast<int>(dim), e.aligned && c.aligned, z);
+  const Places places;
 
   // Logits; and of each column the largest probability, where a target counts as 1.
   int at[kThreadN];
 #pragma unroll
   for (int j = 0; j < kThreadN; ++j) {
-    const int x = column_place(j);
+    const int x = places.column(j);
     at[j] = x < columns ? column[first + x] : -1;
   }
 #pragma unroll
@@ -132,15 +136,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     Bits most = 0;
 #pragma unroll
     for (int i = 0; i < kThreadM; ++i) {
-      const int row = row_place(i);
+      const int row = places.row(i);
       if (row >= rows || at[j] < 0) continue;
-      z[i][j] = make_logit(z[i][j], bias, left + at[j], options).value;
+      z[i][j] = make_logit(z[i][j], bias, left + at[j], options);
       if (filter.eps > 0.0) {
         const bool own = map.target[top + row] == left + at[j];
         most = max(most, as_bits(own ? Sum(1) : probability(z[i][j], lse[top + row])));
       }
     }
-    if (filter.eps > 0.0) atomicMax(&largest[column_place(j)], most);
+    if (filter.eps > 0.0) atomicMax(&largest[places.column(j)], most);
   }
   __syncthreads();
   if (threadIdx.x < kBlockN) {
@@ -168,12 +172,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   Sum* record = records.dz + (tile * lists.width + first) * kRowTile;
 #pragma unroll
   for (int j = 0; j < kThreadN; ++j) {
-    const int x = column_place(j);
+    const int x = places.column(j);
     const Sum w = weight[x];
     Sum sum = 0;
 #pragma unroll
     for (int i = 0; i < kThreadM; ++i) {
-      const int row = row_place(i);
+      const int row = places.row(i);
       Sum dz = 0;
       if (row < rows && at[j] >= 0) {
         const Sum logit = z[i][j];
@@ -192,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       Word word;
 #pragma unroll
       for (int l = 0; l < kVector; ++l) word.value[l] = z[i + l][j];
-      *reinterpret_cast<Word*>(&record[static_cast<int64>(x) * kRowTile + row_place(i)]) =
+      *reinterpret_cast<Word*>(&record[static_cast<int64>(x) * kRowTile + places.row(i)]) =
           word;
     }
   }
@@ -207,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // dE of a row tile: its part of this range, added to those of the ranges before.
 // Grid: (row tiles, blocks of D).
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     dembedding(Matrix c, const Storage* bias, int64 dim, int64 left, double scale, RowMap map,
                Lists lists, Records records, const Sum* row_smoothing,
                const double* smoothing_classifier, int parts, Sum* sums, int first, int last,
@@ -229,13 +233,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       classifier, listed, static_cast<int>(min(dim - start, static_cast<int64>(kBlockN)))};
   Sum product[kThreadM][kThreadN] = {};
   multiply(stages, a, b, listed, c.aligned != 0, product);
+  const Places places;
 #pragma unroll
   for (int i = 0; i < kThreadM; ++i) {
-    const int64 row = top + row_place(i);
+    const int64 row = top + places.row(i);
     if (row >= count) continue;
 #pragma unroll
     for (int j = 0; j < kThreadN; ++j) {
-      const int64 d = start + column_place(j);
+      const int64 d = start + places.column(j);
       if (d >= dim) continue;
       Sum sum = product[i][j];
       if (!first) sum += sums[row * dim + d];
@@ -256,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // dC and dbias of a range, from every row tile in turn; tiles that list none of a block's columns
 // are passed over. Grid: (column blocks of kBlockM, blocks of D).
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     dclassifier(Matrix e, int64 dim, int64 left, int64 right, double scale, RowMap map,
                 Lists lists, Records records, int64 tile_begin, int64 tile_end,
                 const Sum* smoothing, const double* smoothing_embedding, int parts,
@@ -297,14 +302,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (records.column != nullptr && threadIdx.x < kBlockM && slot[threadIdx.x] >= 0)
       bias_sum += records.column[base + slot[threadIdx.x]];
   }
+  const Places places;
 #pragma unroll
   for (int i = 0; i < kThreadM; ++i) {
-    const int64 x = block * static_cast<int64>(kBlockM) + row_place(i);
+    const int64 x = block * static_cast<int64>(kBlockM) + places.row(i);
     const int64 column = left + x;
     if (column >= right) continue;
 #pragma unroll
     for (int j = 0; j < kThreadN; ++j) {
-      const int64 d = start + column_place(j);
+      const int64 d = start + places.column(j);
       if (d >= dim) continue;
       Sum sum = product[i][j];
       if (!first) sum += sums[x * dim + d];
@@ -357,7 +363,7 @@ extern "C" __global__ void weighted_rows(Matrix matrix, int64 rows, int64 dim, R
 }
 
 // The sum of the rows' factors of label smoothing. One block.
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     sum_rows(RowMap map, const Sum* value, double* total) {
   __shared__ double partial[kThreads];
   double sum = 0;

@@ -59,7 +59,7 @@ using namespace cce;
 
 // A lower bound of each row's lse from the logits of its row tile's targets, and the logit of the
 // row's own: what a row's sums are relative to may not depend on its neighbours. Grid: row tiles.
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     first_bound(Matrix e, Matrix c, const Storage* bias, int64 dim, LogitOptions options,
                 RowMap map, Sum* bound, Sum* own) {
   const int64 top = blockIdx.x * static_cast<int64>(kRowTile);
@@ -99,15 +99,16 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     AlongDepth<Storage, kBlockN> b(classifier, dim);
     Sum z[kThreadM][kThreadN] = {};
     multiply(stages, a, b, static_cast<int>(dim), e.aligned && c.aligned, z);
+    const Places places;
 #pragma unroll
     for (int i = 0; i < kThreadM; ++i) {
       Sum top_logit = lowest;
 #pragma unroll
       for (int j = 0; j < kThreadN; ++j) {
-        const int at = left + column_place(j);
+        const int at = left + places.column(j);
         const bool counts = at < rows && distinct[at];
-        z[i][j] = counts ? make_logit(z[i][j], bias, target[at], options).value : lowest;
-        if (counts && target[at] == target[row_place(i)]) own[top + row_place(i)] = z[i][j];
+        z[i][j] = counts ? make_logit(z[i][j], bias, target[at], options) : lowest;
+        if (counts && target[at] == target[places.row(i)]) own[top + places.row(i)] = z[i][j];
         top_logit = larger(top_logit, z[i][j]);
       }
       const Sum most = larger(running[i], row_largest(top_logit));
@@ -120,9 +121,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       running[i] = most;
     }
   }
+  const Places places;
 #pragma unroll
   for (int i = 0; i < kThreadM; ++i) {
-    const int row = row_place(i);
+    const int row = places.row(i);
     if (threadIdx.x % kSideN == 0 && row < rows)
       bound[top + row] = running[i] == lowest ? lowest : running[i] + logarithm(sum[i]);
   }
@@ -170,29 +172,59 @@ __device__ __forceinline__ void
     AlongDepth<Storage, kBlockN> b(classifier, dim);
     Sum z[kThreadM][kThreadN] = {};
     multiply(shared.stages, a, b, static_cast<int>(dim), e.aligned && c.aligned, z);
+    const Places places;
 
+    // Column by column, so that what belongs to a column is held for one at a time. The branches of
+    // the options are taken once, not for each logit.
+    const int columns = static_cast<int>(min(end - left, static_cast<int64>(kBlockN)));
+    if (bias == nullptr && options.softcap <= 0.0) {
+      const LogitOptions scale_alone = {options.scale, 0.0};
+#pragma unroll
+      for (int j = 0; j < kThreadN; ++j)
+#pragma unroll
+        for (int i = 0; i < kThreadM; ++i) z[i][j] = make_logit(z[i][j], nullptr, 0, scale_alone);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kThreadN; ++j) {
+        const int column = min(places.column(j), columns - 1);
+#pragma unroll
+        for (int i = 0; i < kThreadM; ++i)
+          z[i][j] = make_logit(z[i][j], bias, left + column, options);
+      }
+    }
+    if (columns < kBlockN) {
+#pragma unroll
+      for (int j = 0; j < kThreadN; ++j)
+        if (places.column(j) >= columns) {
+#pragma unroll
+          for (int i = 0; i < kThreadM; ++i) z[i][j] = lowest;
+        }
+    }
     uint32 largest[kThreadN] = {};
 #pragma unroll
     for (int i = 0; i < kThreadM; ++i) {
-      const int row = row_place(i);
-      const int64 target = shared.target[row] - left;
+      const int row = places.row(i);
+      const int64 ahead = shared.target[row] - left;
+      const int target = ahead >= 0 && ahead < columns ? static_cast<int>(ahead) : -1;
       Sum highest = lowest, smoothed = 0;
-      int64 at_highest = 0;
+      int at_highest = 0;
 #pragma unroll
       for (int j = 0; j < kThreadN; ++j) {
-        const int64 column = left + column_place(j);
-        if (column >= end) {
-          z[i][j] = lowest;
-          continue;
+        const Sum logit = z[i][j];
+        if (kStatistics) {
+          if (logit > highest || (logit != logit && highest == highest)) {
+            highest = logit;
+            at_highest = places.column(j);
+          }
+        } else {
+          highest = larger(highest, logit);
         }
-        const Logit logit = make_logit(z[i][j], bias, column, options);
-        z[i][j] = logit.value;
-        if (smoothing != nullptr && !logit.removed) smoothed += smoothing[column] * logit.value;
-        if (logit.value > highest || (logit.value != logit.value && highest == highest)) {
-          highest = logit.value;
-          at_highest = column;
-        }
-        if (target == column_place(j)) shared.target_logit[row] = logit.value;
+        if (target == places.column(j)) shared.target_logit[row] = logit;
+      }
+      if (smoothing != nullptr) {
+#pragma unroll
+        for (int j = 0; j < kThreadN; ++j)
+          if (z[i][j] != lowest) smoothed += smoothing[left + places.column(j)] * z[i][j];
       }
       // A reference that is kept keeps its sums as they are; it moves before they overflow.
       const Sum most = row_largest(highest);
@@ -200,24 +232,26 @@ __device__ __forceinline__ void
       Sum reference = most - old > Sum(60) ? most : old;
       // Where everything so far is -inf any finite reference will do.
       if (reference == lowest) reference = Sum(0);
-      const Sum behind = reference - shared.bound[row];
-      // exp(behind) would underflow where the bound is far ahead.
-      const bool far = behind < Sum(-60);
-      const Sum weight = exponential(behind);
+      // The bits take exp(z - bound) as a product. Its second factor in two: where the bound is far
+      // ahead it would underflow, and the product need not.
+      const Sum weight = exponential((reference - shared.bound[row]) / 2);
       Sum rest = 0, total = 0, weighted = 0;
 #pragma unroll
       for (int j = 0; j < kThreadN; ++j) {
         const Sum centred = z[i][j] - reference;
         const Sum s = exponential(centred);
-        if (target != column_place(j)) rest += s;
+        if (target != places.column(j)) rest += s;
         if (kStatistics) {
           total += s;
           weighted += s == Sum(0) ? Sum(0) : s * centred;
         }
+        z[i][j] = s;
+      }
+      if (bits != nullptr && row < rows) {
         // The bits of floats that are not negative are ordered like them, with NaN on top.
-        if (row < rows)
-          largest[j] = max(largest[j], __float_as_uint(static_cast<float>(
-                                           far ? exponential(centred + behind) : s * weight)));
+#pragma unroll
+        for (int j = 0; j < kThreadN; ++j)
+          largest[j] = max(largest[j], __float_as_uint(static_cast<float>(z[i][j] * weight * weight)));
       }
       rest = row_sum(rest);
       if (smoothing != nullptr) smoothed = row_sum(smoothed);
@@ -227,7 +261,7 @@ __device__ __forceinline__ void
 #pragma unroll
         for (int step = kSideN / 2; step > 0; step /= 2) {
           const Sum other = __shfl_xor_sync(~0u, highest, step);
-          const int64 other_at = __shfl_xor_sync(~0u, at_highest, step);
+          const int other_at = __shfl_xor_sync(~0u, at_highest, step);
           const bool nan = highest != highest, other_nan = other != other;
           const bool better = other_nan ? !nan || other_at < at_highest
                                         : !nan && (other > highest || (other == highest && other_at < at_highest));
@@ -249,7 +283,7 @@ __device__ __forceinline__ void
           const bool nan = stats.best[row] != stats.best[row];
           if (!nan && (highest > stats.best[row] || highest != highest)) {
             stats.best[row] = highest;
-            stats.argmax[row] = at_highest;
+            stats.argmax[row] = left + at_highest;
           }
         }
         shared.rest[row] = shared.rest[row] * shrink + rest;
@@ -258,13 +292,13 @@ __device__ __forceinline__ void
         const Sum seen = reference + logarithm(static_cast<Sum>(shared.rest[row]));
         shared.bound[row] = larger(shared.bound[row], seen);
       }
-      if (bits != nullptr && target >= 0 && target < kBlockN && threadIdx.x % kSideN == 0)
+      if (bits != nullptr && target >= 0 && threadIdx.x % kSideN == 0)
         atomicOr(&shared.targets[target / kColumnChunk], 1u << (target % kColumnChunk));
     }
     if (bits != nullptr) {
 #pragma unroll
       for (int j = 0; j < kThreadN; ++j)
-        atomicMax(&shared.largest[column_place(j)], largest[j]);
+        atomicMax(&shared.largest[places.column(j)], largest[j]);
       __syncthreads();
       if (threadIdx.x < kBlockN) {
         const int64 column = left + threadIdx.x, chunk = column / kColumnChunk;
@@ -306,12 +340,12 @@ __device__ __forceinline__ void
       const Sum *first, const Sum *own, SegmentSums out, uint32 *bits, int64 words
 
 // Grid: (row tiles, segments of whole column blocks).
-extern "C" __global__ void __launch_bounds__(kThreads) forward(CCE_FORWARD_ARGUMENTS) {
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) forward(CCE_FORWARD_ARGUMENTS) {
   visit_segment<false>(e, c, bias, smoothing, dim, vocab, segment_columns, capacity, options,
                        filter, map, first, own, out, bits, words);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) forward_statistics(CCE_FORWARD_ARGUMENTS) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1) forward_statistics(CCE_FORWARD_ARGUMENTS) {
   visit_segment<true>(e, c, bias, smoothing, dim, vocab, segment_columns, capacity, options,
                       filter, map, first, own, out, bits, words);
 }

@@ -12,7 +12,14 @@ constexpr int kSideN = kThreads / kSideM;
 constexpr int kVector = 16 / sizeof(Sum);  // sums in a 16-byte word of shared memory
 constexpr int kBlockM = 128;
 constexpr int kBlockN = sizeof(Sum) == 8 ? 64 : 128;
-constexpr int kBlockK = sizeof(Sum) == 8 ? 8 : 16;
+constexpr int kBlockK = 8;
+// Blocks that share a multiprocessor: the barriers of one hide behind the products of the other. One
+// where two would spill: with conversions on the way in, and from compute capability 10.0 on.
+#if __CUDA_ARCH__ >= 1000
+constexpr int kBlocks = 1;
+#else
+constexpr int kBlocks = sizeof(Storage) == 2 ? 1 : 2;
+#endif
 constexpr int kThreadM = kBlockM / kSideM;
 constexpr int kThreadN = kBlockN / kSideN;
 constexpr int kGroup = 4;  // elements that one load takes along the contiguous axis
@@ -32,33 +39,44 @@ struct ProductStages {
   Tile<kBlockN> b[2];
 };
 
-// Place of a thread's i-th row or column: words of neighbours lie side by side, so that a warp
-// reads shared memory without conflicts.
-__device__ __forceinline__ int row_place(int i) {
-  return (i / kVector) * (kSideM * kVector) + threadIdx.x / kSideN * kVector + i % kVector;
-}
-__device__ __forceinline__ int column_place(int j) {
-  return (j / kVector) * (kSideN * kVector) + threadIdx.x % kSideN * kVector + j % kVector;
-}
+// Where a thread's part of the block of sums lies. Words of neighbours lie side by side, so that a
+// warp reads shared memory without conflicts.
+struct Places {
+  int thread;
+
+  // The compiler takes the thread's number for a new one: places are computed again after a product
+  // instead of being held in registers, or spilled, across it.
+  __device__ __forceinline__ Places() {
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  }
+
+  __device__ __forceinline__ int row(int i) const {
+    return (i / kVector) * (kSideM * kVector) + thread / kSideN * kVector + i % kVector;
+  }
+  __device__ __forceinline__ int column(int j) const {
+    return (j / kVector) * (kSideN * kVector) + thread % kSideN * kVector + j % kVector;
+  }
+};
 
 template <typename T>
 struct alignas(sizeof(T) * kGroup) Group {
   T value[kGroup];
 };
 
-// Read the elements from `at` on of which `left` exist; the others are zeros. Aligned: in one load
-// where a whole group exists.
-template <typename T>
-__device__ __forceinline__ void read_group(const T* at, int left, bool aligned,
-                                           Sum (&out)[kGroup]) {
-  if (aligned && left >= kGroup) {
-    const Group<T> group = *reinterpret_cast<const Group<T>*>(at);
+// Read the elements from `at` on of which `left` exist; the others are zeros. Aligned: they exist
+// in whole groups, and one load takes a group.
+template <bool kAligned, typename T>
+__device__ __forceinline__ Group<T> read_group(const T* at, int left) {
+  Group<T> group;
+  if (kAligned) {
+    if (left > 0) return *reinterpret_cast<const Group<T>*>(at);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) out[i] = widen(group.value[i]);
+    for (int i = 0; i < kGroup; ++i) group.value[i] = T(0.0f);
   } else {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) out[i] = i < left ? widen(at[i]) : Sum(0);
+    for (int i = 0; i < kGroup; ++i) group.value[i] = i < left ? at[i] : T(0.0f);
   }
+  return group;
 }
 
 // An operand whose rows, one for each place x, are contiguous along the depth.
@@ -68,7 +86,7 @@ struct AlongDepth {
   static constexpr int kEach = (kGroups + kThreads - 1) / kThreads;
   const T* row[kEach];  // of this thread's groups, at their first element; nullptr: zeros
   int depth;
-  Sum held[kEach][kGroup];
+  Group<T> held[kEach];
 
   // Rows: int -> const T*, or nullptr for a row of zeros.
   template <typename Rows>
@@ -81,13 +99,14 @@ struct AlongDepth {
     }
   }
 
-  __device__ __forceinline__ void fetch(int k, bool aligned) {
+  template <bool kAligned>
+  __device__ __forceinline__ void fetch(int k) {
     // All groups of a thread stand at the same depth.
     static_assert(kThreads % (kBlockK / kGroup) == 0, "");
     const int at = k + threadIdx.x % (kBlockK / kGroup) * kGroup;
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
-      read_group(row[i] + at, row[i] == nullptr ? 0 : depth - at, aligned, held[i]);
+      held[i] = read_group<kAligned>(row[i] + at, row[i] == nullptr ? 0 : depth - at);
   }
 
   __device__ __forceinline__ void put(Tile<kX>& tile) const {
@@ -98,7 +117,7 @@ struct AlongDepth {
       const int x = group / (kBlockK / kGroup);
       const int k = group % (kBlockK / kGroup) * kGroup;
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) tile.value[k + j][x] = held[i][j];
+      for (int j = 0; j < kGroup; ++j) tile.value[k + j][x] = widen(held[i].value[j]);
     }
   }
 };
@@ -112,16 +131,17 @@ struct AcrossDepth {
   Rows rows;
   int depth;
   int width;
-  Sum held[kEach][kGroup];
+  Group<T> held[kEach];
 
-  __device__ __forceinline__ void fetch(int k, bool aligned) {
+  template <bool kAligned>
+  __device__ __forceinline__ void fetch(int k) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int group = threadIdx.x + i * kThreads;
       const int at = k + group / (kX / kGroup);
       const int x = group % (kX / kGroup) * kGroup;
       const T* row = group < kGroups && at < depth ? rows(at) : nullptr;
-      read_group(row + x, row == nullptr ? 0 : width - x, aligned, held[i]);
+      held[i] = read_group<kAligned>(row + x, row == nullptr ? 0 : width - x);
     }
   }
 
@@ -136,44 +156,43 @@ struct AcrossDepth {
       for (int j = 0; j < kGroup; j += kVector) {
         Word word;
 #pragma unroll
-        for (int l = 0; l < kVector; ++l) word.value[l] = held[i][j + l];
+        for (int l = 0; l < kVector; ++l) word.value[l] = widen(held[i].value[j + l]);
         *reinterpret_cast<Word*>(&tile.value[k][x + j]) = word;
       }
     }
   }
 };
 
-// sums += a b over the whole depth. Every thread of the block calls it; it ends with all of them
-// done with the stages. Aligned: both operands may be read in groups of four elements.
-template <typename A, typename B>
-__device__ __forceinline__ void multiply(ProductStages& stages, A& a, B& b, int depth, bool aligned,
-                                         Sum (&sums)[kThreadM][kThreadN]) {
-  if (depth <= 0) return;
-  a.fetch(0, aligned);
-  b.fetch(0, aligned);
+template <bool kAligned, typename A, typename B>
+__device__ __forceinline__ void multiply_loop(ProductStages& stages, A& a, B& b, int depth,
+                                              Sum (&sums)[kThreadM][kThreadN]) {
+  const Places places;
+  a.template fetch<kAligned>(0);
+  b.template fetch<kAligned>(0);
   a.put(stages.a[0]);
   b.put(stages.b[0]);
   __syncthreads();
   int stage = 0;
   for (int k = 0; k < depth; k += kBlockK) {
-    const bool more = k + kBlockK < depth;
-    if (more) {
-      a.fetch(k + kBlockK, aligned);
-      b.fetch(k + kBlockK, aligned);
-    }
+    // Past the end these are zeros that nobody multiplies: without a branch around them the compiler
+    // has no block of stores to move the loads to, and may not move them past the barrier for it.
+    a.template fetch<kAligned>(k + kBlockK);
+    b.template fetch<kAligned>(k + kBlockK);
+    // Element by element they would take registers that are not there.
+    if (kAligned) asm volatile("" ::: "memory");
 #pragma unroll
     for (int step = 0; step < kBlockK; ++step) {
       Sum left[kThreadM], right[kThreadN];
 #pragma unroll
       for (int i = 0; i < kThreadM; i += kVector) {
-        const Word word = *reinterpret_cast<const Word*>(&stages.a[stage].value[step][row_place(i)]);
+        const Word word = *reinterpret_cast<const Word*>(&stages.a[stage].value[step][places.row(i)]);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) left[i + j] = word.value[j];
       }
 #pragma unroll
       for (int i = 0; i < kThreadN; i += kVector) {
         const Word word =
-            *reinterpret_cast<const Word*>(&stages.b[stage].value[step][column_place(i)]);
+            *reinterpret_cast<const Word*>(&stages.b[stage].value[step][places.column(i)]);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) right[i + j] = word.value[j];
       }
@@ -182,12 +201,23 @@ __device__ __forceinline__ void multiply(ProductStages& stages, A& a, B& b, int 
 #pragma unroll
         for (int j = 0; j < kThreadN; ++j) sums[i][j] += left[i] * right[j];
     }
-    if (more) {
-      stage ^= 1;
-      a.put(stages.a[stage]);
-      b.put(stages.b[stage]);
-    }
+    stage ^= 1;
+    a.put(stages.a[stage]);
+    b.put(stages.b[stage]);
     __syncthreads();
+  }
+}
+
+// sums += a b over the whole depth. Every thread of the block calls it; it ends with all of them
+// done with the stages. Aligned: both operands may be read in groups of four elements.
+template <typename A, typename B>
+__device__ __forceinline__ void multiply(ProductStages& stages, A& a, B& b, int depth, bool aligned,
+                                         Sum (&sums)[kThreadM][kThreadN]) {
+  if (depth <= 0) return;
+  if (aligned) {
+    multiply_loop<true>(stages, a, b, depth, sums);
+  } else {
+    multiply_loop<false>(stages, a, b, depth, sums);
   }
 }
 
