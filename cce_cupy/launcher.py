@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .compiler import import_cupy, kernel
-from .plan import MARGIN, GpuPlan
+from .plan import ITEMSIZE, MARGIN, ROW_TILE, GpuPlan, Sweep
 from .problem import Problem
 
 BLOCK_M = 128
@@ -86,6 +86,26 @@ class DeviceInputs(NamedTuple):
     bias: int
     class_weight: int
     token_weight: int
+
+
+class _Gradients(NamedTuple):
+    """Addresses of what a backward reads from the forward and of what it writes."""
+
+    bits: int
+    unbounded: int
+    de: int
+    dc: int
+    dbias: int
+    passed: int
+
+
+class _Part(NamedTuple):
+    """Row tiles and columns that a backward works on at a time."""
+
+    first_tile: int
+    last_tile: int
+    left: int
+    right: int
 
 
 class _ForeignStream:
@@ -271,10 +291,25 @@ class Launcher:
         rank_one = plan.smooths and problem.softcap is None
         if rank_one:
             self._smoothing_sums()
+        outputs = _Gradients(bits, unbounded, de, dc, dbias, passed)
         for sweep in plan.sweeps:
-            for left in range(0, problem.vocab, plan.range_columns):
-                right = min(left + plan.range_columns, problem.vocab)
-                self._range(sweep, left, right, bits, unbounded, de, dc, dbias, passed)
+            for part in self._parts(sweep):
+                self._part(sweep, part, outputs)
+
+    def _parts(self, sweep: Sweep) -> Iterator[_Part]:
+        """Cut a sweep so that all that enters one sum follows one another."""
+        plan, vocab = self.plan, self.problem.vocab
+        columns = [
+            (left, min(left + plan.range_columns, vocab))
+            for left in range(0, vocab, plan.range_columns)
+        ]
+        tiles = [
+            (first, min(first + plan.part_tiles, plan.tiles))
+            for first in range(0, max(plan.tiles, 1), plan.part_tiles)
+        ]
+        if sweep.c:
+            return (_Part(*t, *c) for c in columns for t in tiles)
+        return (_Part(*t, *c) for t in tiles for c in columns)
 
     def _smoothing_sums(self) -> None:
         problem, plan, room = self.problem, self.plan, self.room
@@ -295,24 +330,14 @@ class Launcher:
             self.map, np.uint64(room["factor_smoothing"]), np.uint64(room["smoothing_rows"]),
         )  # fmt: skip
 
-    def _range(
-        self,
-        sweep: Any,
-        left: int,
-        right: int,
-        bits: int,
-        unbounded: int,
-        de: int,
-        dc: int,
-        dbias: int,
-        passed: int,
-    ) -> None:
+    def _part(self, sweep: Sweep, part: _Part, outputs: _Gradients) -> None:
+        """Work on some row tiles and columns: their lists, dz, and its products."""
         problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
-        dim, first, last = np.int64(problem.dim), left == 0, right == problem.vocab
-        width = -(-(right - left) // BLOCK_M) * BLOCK_M
+        dim, tiles = np.int64(problem.dim), part.last_tile - part.first_tile
+        width = -(-(part.right - part.left) // BLOCK_M) * BLOCK_M
         block_n = BLOCK_N[problem.accumulator]
         lists = _pack(_LISTS, room["list_column"], room["list_before"], width)
-        with_bias = dbias if sweep.c else 0
+        with_bias = outputs.dbias if sweep.c else 0
         records = _pack(_RECORDS, room["dz"], room["dz_column"] if with_bias else 0)
         factors = _pack(
             _ROW_FACTORS, *(room[f"factor_{name}"] for name in ("softmax", "onehot", "smoothing"))
@@ -321,38 +346,43 @@ class Launcher:
         smoothing = room["smoothing"] if plan.smooths else 0
         parts = np.int32(plan.smoothing_parts)
         scale = np.float64(problem.logit_scale)
-        span = np.int64(left), np.int64(right)
+        first_tile, left, right = (np.int64(x) for x in (part.first_tile, part.left, part.right))
         filter_ = self.filter() if sweep.filtered else _pack(_FILTER, 0.0, 1.0, 0)
         self.launch(
-            "backward", "list_columns", (plan.tiles,), (_PRODUCT_THREADS,),
-            self.map, np.uint64(bits if sweep.filtered else 0), np.int64(plan.words),
-            np.uint64(unbounded), *span, lists,
+            "backward", "list_columns", (tiles,), (_PRODUCT_THREADS,),
+            self.map, np.uint64(outputs.bits if sweep.filtered else 0), np.int64(plan.words),
+            np.uint64(outputs.unbounded), first_tile, left, right, lists,
         )  # fmt: skip
         counts = sweep.filtered and (sweep.c or not problem.filter_c_grad)
         self.launch(
-            "backward", "dlogits", (plan.tiles, width // block_n), (_PRODUCT_THREADS,),
-            self.e, self.c, np.uint64(inputs.bias), dim, span[0], self.logit_options, filter_,
-            self.map, lists, np.uint64(room["row_lse"]), factors,
+            "backward", "dlogits", (tiles, width // block_n), (_PRODUCT_THREADS,),
+            self.e, self.c, np.uint64(inputs.bias), dim, first_tile, left, self.logit_options,
+            filter_, self.map, lists, np.uint64(room["row_lse"]), factors,
             np.uint64(0 if rank_one else smoothing), records,
-            np.uint64(passed if counts else 0),
+            np.uint64(outputs.passed if counts else 0),
         )  # fmt: skip
         d_blocks = -(-problem.dim // block_n)
         if sweep.e:
+            # Where both gradients are formed at once the sums of all rows are held.
+            row = part.first_tile * ROW_TILE if sweep.c else 0
+            sums = room["de_sums"] + row * problem.dim * ITEMSIZE[problem.accumulator]
             self.launch(
-                "backward", "dembedding", (plan.tiles, d_blocks), (_PRODUCT_THREADS,),
-                self.c, np.uint64(inputs.bias), dim, span[0], scale, self.map, lists, records,
-                np.uint64(room["factor_smoothing"]),
+                "backward", "dembedding", (tiles, d_blocks), (_PRODUCT_THREADS,),
+                self.c, np.uint64(inputs.bias), dim, first_tile, left, scale, self.map, lists,
+                records, np.uint64(room["factor_smoothing"]),
                 np.uint64(room["smoothing_classifier"] if rank_one else 0), parts,
-                np.uint64(room["de_sums"]), np.int32(first), np.int32(last), np.uint64(de),
+                np.uint64(sums), np.int32(part.left == 0), np.int32(part.right == problem.vocab),
+                np.uint64(outputs.de),
             )  # fmt: skip
         if sweep.c:
             grid = (width // BLOCK_M, max(d_blocks, 1))
             self.launch(
                 "backward", "dclassifier", grid, (_PRODUCT_THREADS,),
-                self.e, dim, *span, scale, self.map, lists, records,
-                np.int64(0), np.int64(plan.tiles), np.uint64(smoothing),
+                self.e, dim, left, right, scale, self.map, lists, records,
+                first_tile, np.int64(part.last_tile), np.uint64(smoothing),
                 np.uint64(room["smoothing_embedding"] if rank_one else 0), parts,
                 np.uint64(room["smoothing_rows"] if rank_one else 0),
-                np.uint64(0), np.uint64(0), np.int32(1), np.int32(1),
-                np.uint64(dc), np.uint64(with_bias),
+                np.uint64(room["dc_sums"]), np.uint64(room["dbias_sums"]),
+                np.int32(part.first_tile == 0), np.int32(part.last_tile == plan.tiles),
+                np.uint64(outputs.dc), np.uint64(with_bias),
             )  # fmt: skip

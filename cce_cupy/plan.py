@@ -36,7 +36,7 @@ _AUTO_EPS = {
     ("threshold", "float16"): 1.0 / 8.0,
 }
 
-_ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def make_plan(problem: Problem) -> Plan:
     filtered_e = gradient_filter is not None and problem.filter_e_grad
     filtered_c = gradient_filter is not None and problem.filter_c_grad
     dim, tokens, vocab = max(problem.dim, 1), problem.tokens, problem.vocab
-    accumulator_bytes = _ITEMSIZE[problem.accumulator]
-    rounds = _ITEMSIZE[problem.dtype] < accumulator_bytes
+    accumulator_bytes = ITEMSIZE[problem.accumulator]
+    rounds = ITEMSIZE[problem.dtype] < accumulator_bytes
 
     # Elements per block are bounded, so that blocks stay in cache and wide D costs no memory.
     row_block = min(_fit(2**21 // dim, ROW_TILE, 1024), _whole(tokens, ROW_TILE))
@@ -239,6 +239,8 @@ Room = dict[str, int]
 
 _PART_ALIGNMENT = 256
 _DENSE_BLOCK = 128
+_WIDE_RANGE = 1024
+_LONGEST_CHAIN = 512  # row tiles that enter one sum of dC one by one
 _SMOOTHING_PARTS = 64
 
 
@@ -258,8 +260,9 @@ class GpuPlan:
         Parts of the vocabulary that the forward visits independently of each other.
     words : int
         32-bit words of kept-column bits of a row tile.
-    range_columns : int
-        Columns whose dz is held at a time in the backward.
+    part_tiles, range_columns : int
+        Row tiles and columns whose dz is held at a time in the backward. Columns change no bit of a
+        result; dC is the sum of what each part of the rows gives, in their order.
     smooths : bool
         Whether label smoothing has any effect.
     smoothing_parts : int
@@ -277,6 +280,7 @@ class GpuPlan:
     segments: int
     segment_columns: int
     words: int
+    part_tiles: int
     range_columns: int
     smooths: bool
     smoothing_parts: int
@@ -301,12 +305,17 @@ def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
     Returns
     -------
     GpuPlan
+
+    Raises
+    ------
+    ValueError
+        When ``workspace_bytes`` is smaller than the least this problem can be computed in.
     """
     gradient_filter, eps, reason = _choose_filter(problem)
     filtered_e = gradient_filter is not None and problem.filter_e_grad
     filtered_c = gradient_filter is not None and problem.filter_c_grad
     filtered = filtered_e or filtered_c
-    sums = _ITEMSIZE[problem.accumulator]
+    sums = ITEMSIZE[problem.accumulator]
     rows, dim, vocab = problem.tokens, problem.dim, problem.vocab
     tiles = -(-rows // ROW_TILE)
     segments = _segments(max(tiles, 1), 2 * processors, vocab // (8 * _DENSE_BLOCK))
@@ -337,8 +346,9 @@ def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
         "segment_best": sums * per_segment,
         "segment_argmax": 8 * per_segment,
     }
+    cut = _cut_backward(problem, tiles, together=filtered_e == filtered_c)
     sweeps: tuple[Sweep, ...] = (Sweep(True, True, filtered_e),)
-    if filtered_e != filtered_c:
+    if not cut.together:
         sweeps = (Sweep(True, False, filtered_e), Sweep(False, True, filtered_c))
     backward = {
         **dict.fromkeys(("factor_softmax", "factor_onehot", "factor_smoothing"), sums * rows),
@@ -346,19 +356,7 @@ def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
         "smoothing_embedding": 8 * _SMOOTHING_PARTS * dim if smooths else 0,
         "smoothing_rows": 8,
         "passed": 8,
-    }
-    # Each column of a range takes a record for every row tile, its list entry and its own sum.
-    each = tiles * (ROW_TILE * sums + 4 + sums)
-    allowed = problem.workspace_bytes or DEFAULT_WORKSPACE_BYTES
-    left = allowed - sums * rows * dim - sum(backward.values())
-    columns = max(left // max(each, 1) // _DENSE_BLOCK, 1) * _DENSE_BLOCK
-    columns = min(columns, _whole(vocab, _DENSE_BLOCK))
-    backward |= {
-        "de_sums": sums * rows * dim if columns < vocab else 0,
-        "list_column": 4 * tiles * columns,
-        "list_before": 4 * tiles * (columns // _DENSE_BLOCK + 1),
-        "dz": sums * tiles * columns * ROW_TILE,
-        "dz_column": sums * tiles * columns,
+        **cut.room,
     }
     return GpuPlan(
         tier="portable",
@@ -367,7 +365,8 @@ def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
         segments=segments,
         segment_columns=segment_columns,
         words=words,
-        range_columns=columns,
+        part_tiles=cut.tiles,
+        range_columns=cut.columns,
         smooths=smooths,
         smoothing_parts=_SMOOTHING_PARTS,
         gradient_filter=gradient_filter if filtered else None,
@@ -378,6 +377,75 @@ def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
         forward=forward,
         backward=backward,
     )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How the backward is cut into parts, and the room that one of them takes."""
+
+    together: bool
+    tiles: int
+    columns: int
+    room: Room
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.room.values())
+
+
+def _cut_backward(problem: Problem, tiles: int, *, together: bool) -> _Cut:
+    """Cut rows and columns so that dz, its lists and unfinished sums fit into the workspace.
+
+    One sweep over columns in wide ranges is fastest. Narrow ranges idle; two sweeps, one for each
+    gradient, recompute dz twice, but dE then takes sums for the rows of a part alone.
+    """
+    sums, dim = ITEMSIZE[problem.accumulator], problem.dim
+    vocab = _whole(problem.vocab, _DENSE_BLOCK)
+
+    def cut(together: bool, part: int, columns: int) -> _Cut:
+        in_ranges, in_parts = columns < vocab, part < tiles
+        blocks = columns // _DENSE_BLOCK
+        summed_rows = problem.tokens if together else part * ROW_TILE
+        return _Cut(
+            together,
+            part,
+            columns,
+            {
+                "de_sums": sums * summed_rows * dim if in_ranges else 0,
+                "dc_sums": sums * columns * dim if in_parts else 0,
+                "dbias_sums": 8 * columns if in_parts else 0,
+                "list_column": 4 * part * columns,
+                "list_before": 4 * part * (blocks + 1),
+                "dz": sums * part * columns * ROW_TILE,
+                "dz_column": sums * part * columns,
+            },
+        )
+
+    least = cut(False, 1, _DENSE_BLOCK)
+    if problem.workspace_bytes is not None and problem.workspace_bytes < least.bytes:
+        raise ValueError(
+            f"workspace_bytes must be at least {least.bytes} for D = {dim}, "
+            f"V = {problem.vocab} and {problem.dtype} on a GPU, got {problem.workspace_bytes}"
+        )
+    allowed = max(problem.workspace_bytes or DEFAULT_WORKSPACE_BYTES, least.bytes)
+    for in_one in (True, False) if together else (False,):
+        part = min(max(tiles, 1), _LONGEST_CHAIN)
+        while True:
+            columns = vocab
+            while columns > _DENSE_BLOCK and cut(in_one, part, columns).bytes > allowed:
+                # What a column takes is the same in every range, so that one step nearly fits.
+                fixed = cut(in_one, part, 0).bytes
+                each = (cut(in_one, part, columns).bytes - fixed) / columns
+                fitting = int(max(allowed - fixed, 0) / each) // _DENSE_BLOCK * _DENSE_BLOCK
+                columns = max(min(fitting, columns - _DENSE_BLOCK), _DENSE_BLOCK)
+            found = cut(in_one, part, columns)
+            wide = columns >= min(vocab, _WIDE_RANGE) or (part == 1 and not in_one)
+            if found.bytes <= allowed and wide:
+                return found
+            if part == 1:
+                break
+            part = -(-part // 2)
+    return least
 
 
 def _segments(tiles: int, slots: int, most: int) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from cce_cupy.plan import COLUMN_CHUNK, LARGEST_AUTO_EPS, ROW_TILE, Sweep, make_plan
+from cce_cupy.plan import COLUMN_CHUNK, LARGEST_AUTO_EPS, ROW_TILE, Sweep, make_gpu_plan, make_plan
 from cce_cupy.problem import ArraySpec, Options, Problem
 
 
@@ -109,3 +109,42 @@ def test_sums_of_narrow_dtypes_take_a_second_sweep_where_they_do_not_fit():
     assert len(make_plan(problem(many, dtype="bfloat16", workspace_bytes=2**30)).sweeps) == 1
     # float32 sums in its outputs.
     assert len(make_plan(problem(many, dtype="float32")).sweeps) == 1
+
+
+def test_gpu_workspace_is_kept():
+    for tokens in (1, 8192, 400_000, 10**7):
+        for dim in (1, 640, 4096):
+            for vocab in (1, 49152, 262144):
+                for given in (2**25, None, 2**28):
+                    plan = make_gpu_plan(problem(tokens, dim, vocab, workspace_bytes=given), 132)
+                    per_token = ("factor_softmax", "factor_onehot", "factor_smoothing")
+                    taken = sum(n for name, n in plan.backward.items() if name not in per_token)
+                    assert taken <= (given or 2**27) + 2**10, (tokens, dim, vocab, given)
+                    columns = -(-vocab // 128) * 128
+                    assert 0 < plan.range_columns <= columns
+                    assert plan.part_tiles > 0
+
+
+def test_gpu_backward_of_usual_sizes_is_one_sweep_in_wide_ranges():
+    for dim, vocab in ((2304, 256000), (4096, 131072), (640, 262144)):
+        plan = make_gpu_plan(problem(8192, dim, vocab, "bfloat16", workspace_bytes=2**28), 132)
+        assert plan.part_tiles == plan.tiles == 64
+        assert plan.range_columns >= 1024
+        assert len(plan.sweeps) == 1
+
+
+def test_gpu_workspace_that_cannot_suffice_is_refused():
+    with pytest.raises(ValueError, match="workspace_bytes must be at least") as caught:
+        make_gpu_plan(problem(workspace_bytes=1), 132)
+    least = int(str(caught.value).split("at least ")[1].split()[0])
+    make_gpu_plan(problem(workspace_bytes=least), 132)
+    with pytest.raises(ValueError, match=str(least)):
+        make_gpu_plan(problem(workspace_bytes=least - 1), 132)
+
+
+@pytest.mark.parametrize("tiles", [1, 7, 32, 64, 100, 300, 5000])
+def test_gpu_segments_fill_the_device(tiles):
+    plan = make_gpu_plan(problem(128 * tiles, 64, 262144), 132)
+    blocks = tiles * plan.segments
+    waves = -(-blocks // 264)
+    assert blocks / (264 * waves) >= 0.85 or tiles > 132

@@ -168,7 +168,7 @@ class Framework:
 
         def returned(gradients: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
             if self.waits_on_device:
-                memory.wait()
+                self.device_memory(like).wait()
             e, c, bias = (
                 None if gradient is None else self.from_device(gradient, like)
                 for gradient in gradients
@@ -178,13 +178,13 @@ class Framework:
         def pullback(dloss: Any, dlse: Any) -> tuple[Any, Any, Any]:
             upstream = checked("dloss", dloss, by_token)
             upstream_lse = None if dlse is None else checked("dlse", dlse, problem.batch_shape)
-            return returned(call.pullback(upstream, upstream_lse))
+            return returned(call.pullback(self.device_memory(like), upstream, upstream_lse))
 
         return Evaluation(
             loss=self.from_device(loss, like),
             lse=None if lse is None else self.from_device(lse, like),
             pullback=pullback,
-            gradients=lambda: returned(call.pullback(None, None)),
+            gradients=lambda: returned(call.pullback(memory, None, None)),
         )
 
     def _check_taken(self, name: str, given: Any, shape: tuple[int, ...]) -> None:

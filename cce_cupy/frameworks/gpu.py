@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from ..launcher import DeviceInputs, DeviceMatrix, Launcher
-from ..plan import GpuPlan, Room, lay_out, make_gpu_plan
+from ..plan import ITEMSIZE, GpuPlan, Room, lay_out, make_gpu_plan
 from ..problem import INTEGER_DTYPES, Problem
-
-_ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class DeviceView(NamedTuple):
@@ -46,6 +44,9 @@ class DeviceMemory(Protocol):
 
     def wait(self) -> None:
         """Wait for the stream."""
+
+    def outlives(self, array: Any) -> None:
+        """Keep an array's memory from being used again before this stream is done with it."""
 
 
 class GpuEvaluation(NamedTuple):
@@ -124,7 +125,7 @@ class GpuCall:
         """Compute the outputs: arrays by the names that `Launcher.finish` gives them."""
         filtered = keep_columns and self.plan.gradient_filter is not None
         room = _Space(self.memory, self.plan.forward)
-        launcher = self._launcher(room)
+        launcher = self._launcher(self.memory, room)
         addresses = {name: self.memory.view(array).pointer for name, array in outputs.items()}
         saved = self.saved.addresses
         launcher.fill_words(saved["unbounded"], self.plan.saved["unbounded"])
@@ -134,11 +135,19 @@ class GpuCall:
         launcher.forward(bits=saved["bits"] if filtered else 0, statistics="argmax" in outputs)
         launcher.finish(**addresses, unbounded=saved["unbounded"])
 
-    def pullback(self, dloss: Any | None, dlse: Any | None) -> tuple[Any, Any, Any]:
-        """Return the gradients for upstream gradients; dloss of None stands for ones."""
-        problem, memory = self.problem, self.memory
+    def pullback(
+        self, memory: DeviceMemory, dloss: Any | None, dlse: Any | None
+    ) -> tuple[Any, Any, Any]:
+        """Return the gradients for upstream gradients; dloss of None stands for ones.
+
+        The stream is that of `memory`, the current one of now: the forward's may be another.
+        """
+        problem = self.problem
         room = _Space(memory, self.plan.backward)
-        launcher = self._launcher(room)
+        launcher = self._launcher(memory, room)
+        if memory.stream != self.memory.stream:
+            for array in (*self.held, self.saved.words):
+                memory.outlives(array)
         kept = [
             None if given is None else memory.contiguous(given, problem.accumulator)
             for given in (dloss, dlse)
@@ -162,9 +171,8 @@ class GpuCall:
         )
         return de, dc, dbias
 
-    def _launcher(self, room: _Space) -> Launcher:
+    def _launcher(self, memory: DeviceMemory, room: _Space) -> Launcher:
         addresses = self.saved.addresses | room.addresses
-        memory = self.memory
         return Launcher(
             self.problem, self.plan, self.inputs, addresses, memory.device, memory.stream
         )
@@ -211,7 +219,7 @@ class GpuCall:
         if stride is None:
             view = self._keep(self.memory.contiguous(array))
             stride = self.problem.dim
-        group = 4 * _ITEMSIZE[self.problem.dtype]
+        group = 4 * ITEMSIZE[self.problem.dtype]
         aligned = view.pointer % group == 0 and stride % 4 == 0 and self.problem.dim % 4 == 0
         return DeviceMatrix(view.pointer, stride, aligned)
 

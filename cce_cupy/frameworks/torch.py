@@ -103,3 +103,7 @@ class TorchMemory:
     def wait(self) -> None:
         """Wait for the stream."""
         torch.cuda.current_stream(self._device).synchronize()
+
+    def outlives(self, array: Any) -> None:
+        """Tell the allocator that the current stream uses a tensor too."""
+        array.record_stream(torch.cuda.current_stream(self._device))

@@ -11,7 +11,8 @@ namespace cce {
 // In float64 the registers of dz do not suffice for kBlocks.
 constexpr int kBackwardBlocks = sizeof(Sum) == 8 ? 1 : kBlocks;
 
-// The columns of a range that each row tile works on, ascending.
+// The columns of a range that each row tile of a part works on, ascending. Here and in the records
+// row tiles count from the first of the part.
 struct Lists {
   int* column;   // (tiles, width): offset of a listed column from the range's first
   int* before;   // (tiles, width / kBlockM + 1): listed columns before each block of kBlockM
@@ -53,20 +54,43 @@ __device__ __forceinline__ const Storage* present_row(const Matrix& c, const Sto
   return removed ? nullptr : c.row(column);
 }
 
+// Add the block of sums that earlier parts left, `rows` x `width` of it, rows `stride` apart.
+__device__ __forceinline__ void add_sums(const Sum* from, int64 stride, int rows, int width,
+                                          Sum (&sums)[kThreadM][kThreadN]) {
+  const Places places;
+#pragma unroll
+  for (int i = 0; i < kThreadM; ++i)
+#pragma unroll
+    for (int j = 0; j < kThreadN; ++j)
+      if (places.row(i) < rows && places.column(j) < width)
+        sums[i][j] += from[places.row(i) * stride + places.column(j)];
+}
+
+__device__ __forceinline__ void store_sums(Sum* to, int64 stride, int rows, int width,
+                                           const Sum (&sums)[kThreadM][kThreadN]) {
+  const Places places;
+#pragma unroll
+  for (int i = 0; i < kThreadM; ++i)
+#pragma unroll
+    for (int j = 0; j < kThreadN; ++j)
+      if (places.row(i) < rows && places.column(j) < width)
+        to[places.row(i) * stride + places.column(j)] = sums[i][j];
+}
+
 }  // namespace cce
 
 using namespace cce;
 
 // List the kept columns of a range for each row tile; bits that are null keep all. Grid: row tiles.
 extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
-    list_columns(RowMap map, const uint32* bits, int64 words, const int* unbounded, int64 left,
-                 int64 right, Lists lists) {
-  const int64 tile = blockIdx.x;
+    list_columns(RowMap map, const uint32* bits, int64 words, const int* unbounded,
+                 int64 first_tile, int64 left, int64 right, Lists lists) {
+  const int64 part = blockIdx.x, tile = first_tile + part;
   if (tile * kRowTile >= *map.count) return;
   const bool all = bits == nullptr || unbounded[tile] != 0;
   const int width = static_cast<int>(right - left);
-  int* column = lists.column + tile * lists.width;
-  int* before = lists.before + tile * (lists.width / kBlockM + 1);
+  int* column = lists.column + part * lists.width;
+  int* before = lists.before + part * (lists.width / kBlockM + 1);
   // One warp walks the words: a range has few of them.
   if (threadIdx.x >= 32) return;
   constexpr int kWordsInBlock = kBlockM / kColumnChunk;
@@ -94,19 +118,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
 
 // Recompute the logits of listed columns and form their dz. Grid: (row tiles, column blocks).
 extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
-    dlogits(Matrix e, Matrix c, const Storage* bias, int64 dim, int64 left, LogitOptions options,
+    dlogits(Matrix e, Matrix c, const Storage* bias, int64 dim, int64 first_tile, int64 left,
+            LogitOptions options,
             Filter filter, RowMap map, Lists lists, const Sum* lse, RowFactors factors,
             const Sum* smoothing, Records records, unsigned long long* passed) {
-  const int64 tile = blockIdx.x, top = tile * kRowTile, count = *map.count;
+  const int64 part = blockIdx.x, tile = first_tile + part;
+  const int64 top = tile * kRowTile, count = *map.count;
   if (top >= count) return;
-  const int listed = lists.before[tile * (lists.width / kBlockM + 1) + lists.width / kBlockM];
+  const int listed = lists.before[part * (lists.width / kBlockM + 1) + lists.width / kBlockM];
   const int first = blockIdx.y * kBlockN;
   if (first >= listed) return;
   __shared__ ProductStages stages;
   __shared__ Bits largest[kBlockN];
   __shared__ Sum weight[kBlockN];
   __shared__ Sum column_sum[kSideM][kBlockN];
-  const int* column = lists.column + tile * lists.width;
+  const int* column = lists.column + part * lists.width;
   const int rows = static_cast<int>(min(static_cast<int64>(kRowTile), count - top));
   const int columns = min(kBlockN, listed - first);
   if (threadIdx.x < kBlockN) largest[threadIdx.x] = 0;
@@ -169,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   __syncthreads();
 
   const Sum lowest = -static_cast<Sum>(infinity());
-  Sum* record = records.dz + (tile * lists.width + first) * kRowTile;
+  Sum* record = records.dz + (part * lists.width + first) * kRowTile;
 #pragma unroll
   for (int j = 0; j < kThreadN; ++j) {
     const int x = places.column(j);
@@ -205,24 +231,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   if (threadIdx.x < columns) {
     Sum sum = 0;
     for (int i = 0; i < kSideM; ++i) sum += column_sum[i][threadIdx.x];
-    records.column[tile * lists.width + first + threadIdx.x] = sum;
+    records.column[part * lists.width + first + threadIdx.x] = sum;
   }
 }
 
-// dE of a row tile: its part of this range, added to those of the ranges before.
-// Grid: (row tiles, blocks of D).
+// dE of a row tile: its share of this range, added to those of the ranges before. `sums` starts at
+// the part's first row. Grid: (row tiles, blocks of D).
 extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
-    dembedding(Matrix c, const Storage* bias, int64 dim, int64 left, double scale, RowMap map,
+    dembedding(Matrix c, const Storage* bias, int64 dim, int64 first_tile, int64 left, double scale,
+               RowMap map,
                Lists lists, Records records, const Sum* row_smoothing,
                const double* smoothing_classifier, int parts, Sum* sums, int first, int last,
                Storage* out) {
-  const int64 tile = blockIdx.x, top = tile * kRowTile, count = *map.count;
+  const int64 part = blockIdx.x, top = (first_tile + part) * kRowTile, count = *map.count;
   if (top >= count) return;
   __shared__ ProductStages stages;
   const int64 start = blockIdx.y * static_cast<int64>(kBlockN);
-  const int* column = lists.column + tile * lists.width;
-  const int listed = lists.before[tile * (lists.width / kBlockM + 1) + lists.width / kBlockM];
-  const Sum* record = records.dz + tile * lists.width * kRowTile;
+  const int* column = lists.column + part * lists.width;
+  const int listed = lists.before[part * (lists.width / kBlockM + 1) + lists.width / kBlockM];
+  const Sum* record = records.dz + part * lists.width * kRowTile;
   auto dz = [&](int k) { return record + static_cast<int64>(k) * kRowTile; };
   auto classifier = [&](int k) {
     const Storage* row = present_row(c, bias, left + column[k]);
@@ -232,7 +259,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   AcrossDepth<Storage, kBlockN, decltype(classifier)> b{
       classifier, listed, static_cast<int>(min(dim - start, static_cast<int64>(kBlockN)))};
   Sum product[kThreadM][kThreadN] = {};
+  const int rows = static_cast<int>(min(static_cast<int64>(kRowTile), count - top));
+  const int width = static_cast<int>(min(dim - start, static_cast<int64>(kBlockN)));
+  Sum* sum_at = sums + part * kRowTile * dim + start;
+  // Before the product, which goes on where the range before ended: ranges change no bit.
+  if (!first) add_sums(sum_at, dim, rows, width, product);
   multiply(stages, a, b, listed, c.aligned != 0, product);
+  if (!last) {
+    store_sums(sum_at, dim, rows, width, product);
+    return;
+  }
   const Places places;
 #pragma unroll
   for (int i = 0; i < kThreadM; ++i) {
@@ -243,11 +279,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
       const int64 d = start + places.column(j);
       if (d >= dim) continue;
       Sum sum = product[i][j];
-      if (!first) sum += sums[row * dim + d];
-      if (!last) {
-        sums[row * dim + d] = sum;
-        continue;
-      }
       if (smoothing_classifier != nullptr) {
         double whole = 0;
 #pragma unroll 1
@@ -259,24 +290,30 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   }
 }
 
-// dC and dbias of a range, from every row tile in turn; tiles that list none of a block's columns
-// are passed over. Grid: (column blocks of kBlockM, blocks of D).
+// dC and dbias of a range, from every row tile of a part in turn, added to those of the parts
+// before; tiles that list none of a block's columns are passed over. Grid: (column blocks of kBlockM, blocks of D).
 extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     dclassifier(Matrix e, int64 dim, int64 left, int64 right, double scale, RowMap map,
                 Lists lists, Records records, int64 tile_begin, int64 tile_end,
                 const Sum* smoothing, const double* smoothing_embedding, int parts,
-                const double* row_smoothing_total, Sum* sums, Sum* bias_sums, int first, int last,
+                const double* row_smoothing_total, Sum* sums, double* bias_sums, int first, int last,
                 Storage* out, Storage* bias_out) {
   __shared__ ProductStages stages;
   __shared__ int slot[kBlockM];
   const int block = blockIdx.x;
   const int64 start = blockIdx.y * static_cast<int64>(kBlockN);
   const int64 count = *map.count;
+  const int columns = static_cast<int>(
+      min(right - left - block * static_cast<int64>(kBlockM), static_cast<int64>(kBlockM)));
+  const int width = static_cast<int>(min(dim - start, static_cast<int64>(kBlockN)));
+  Sum* sum_at = sums + block * static_cast<int64>(kBlockM) * dim + start;
   Sum product[kThreadM][kThreadN] = {};
-  Sum bias_sum = 0;
+  // In double: there may be millions of rows, and a column has one thread.
+  double bias_sum = 0;
   const int64 tiles = min(tile_end, (count + kRowTile - 1) / kRowTile);
   for (int64 tile = tile_begin; tile < tiles; ++tile) {
-    const int* before = lists.before + tile * (lists.width / kBlockM + 1) + block;
+    const int64 part = tile - tile_begin;
+    const int* before = lists.before + part * (lists.width / kBlockM + 1) + block;
     const int begin = before[0], end = before[1];
     if (begin == end) continue;
     __syncthreads();
@@ -284,10 +321,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     __syncthreads();
     if (threadIdx.x < end - begin) {
       const int at = begin + threadIdx.x;
-      slot[lists.column[tile * lists.width + at] - block * kBlockM] = at;
+      slot[lists.column[part * lists.width + at] - block * kBlockM] = at;
     }
     __syncthreads();
-    const int64 base = tile * lists.width, top = tile * kRowTile;
+    const int64 base = part * lists.width, top = tile * kRowTile;
     const int rows = static_cast<int>(min(static_cast<int64>(kRowTile), count - top));
     AlongDepth<Sum, kBlockM> a(
         [&](int x) {
@@ -296,28 +333,32 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
         kRowTile);
     auto embedding = [&](int k) { return e.row(map.source[top + k]) + start; };
     AcrossDepth<Storage, kBlockN, decltype(embedding)> b{
-        embedding, rows, static_cast<int>(min(dim - start, static_cast<int64>(kBlockN)))};
+        embedding, rows, width};
     // Records are zeros where a tile has no more rows.
     multiply(stages, a, b, kRowTile, e.aligned != 0, product);
     if (records.column != nullptr && threadIdx.x < kBlockM && slot[threadIdx.x] >= 0)
       bias_sum += records.column[base + slot[threadIdx.x]];
   }
+  const bool sums_bias = bias_out != nullptr && blockIdx.y == 0 && threadIdx.x < columns;
+  const int64 bias_at = block * static_cast<int64>(kBlockM) + threadIdx.x;
+  // After the products: a sum over millions of rows in one chain would lose what a row adds.
+  if (!first) add_sums(sum_at, dim, columns, width, product);
+  if (sums_bias && !first) bias_sum += bias_sums[bias_at];
+  if (!last) {
+    store_sums(sum_at, dim, columns, width, product);
+    if (sums_bias) bias_sums[bias_at] = bias_sum;
+    return;
+  }
   const Places places;
 #pragma unroll
   for (int i = 0; i < kThreadM; ++i) {
-    const int64 x = block * static_cast<int64>(kBlockM) + places.row(i);
-    const int64 column = left + x;
+    const int64 column = left + block * static_cast<int64>(kBlockM) + places.row(i);
     if (column >= right) continue;
 #pragma unroll
     for (int j = 0; j < kThreadN; ++j) {
       const int64 d = start + places.column(j);
       if (d >= dim) continue;
       Sum sum = product[i][j];
-      if (!first) sum += sums[x * dim + d];
-      if (!last) {
-        sums[x * dim + d] = sum;
-        continue;
-      }
       if (smoothing_embedding != nullptr) {
         double whole = 0;
 #pragma unroll 1
@@ -327,17 +368,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
       out[column * dim + d] = narrow(sum * static_cast<Sum>(scale));
     }
   }
-  if (bias_out == nullptr || blockIdx.y != 0 || threadIdx.x >= kBlockM) return;
-  const int64 x = block * static_cast<int64>(kBlockM) + threadIdx.x, column = left + x;
-  if (column >= right) return;
-  if (!first) bias_sum += bias_sums[x];
-  if (!last) {
-    bias_sums[x] = bias_sum;
-    return;
-  }
-  if (row_smoothing_total != nullptr)
-    bias_sum -= smoothing[column] * static_cast<Sum>(*row_smoothing_total);
-  bias_out[column] = narrow(bias_sum);
+  if (!sums_bias) return;
+  const int64 column = left + bias_at;
+  if (row_smoothing_total != nullptr) bias_sum -= smoothing[column] * *row_smoothing_total;
+  bias_out[column] = narrow(static_cast<Sum>(bias_sum));
 }
 
 // Parts of sum over rows of weight[row] * matrix[row]: out is (gridDim.y, dim), summed up where it
