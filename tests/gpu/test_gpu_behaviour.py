@@ -2,7 +2,10 @@
 
 import contextlib
 import gc
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -882,25 +885,15 @@ def out_of_memory(each):
 
 @pytest.mark.parametrize("what", ["gradients", "workspace"])
 def test_out_of_memory_leaves_the_library_usable(each, what):
-    """The workspace's complaint says which knob lowers it; afterwards the same call works."""
-    case = problem()
-    small = sent(each, case)
-    expected = bits(each, cce_cupy.linear_cross_entropy_value_and_grad(**small))
-    n, v, d = (64, 100_000, 512) if what == "gradients" else (2048, 20_000, 16)
-    large = sent(each, problem(n=n, v=v, d=d, bias=False))
-    options = {"workspace_bytes": 2**24 if what == "gradients" else 2**30}
-    match = "workspace_bytes" if what == "workspace" else None
-    before = each.used()
-    with no_more_than(each, 100 * 2**20):
-        with pytest.raises(out_of_memory(each), match=match):
-            cce_cupy.linear_cross_entropy_value_and_grad(**large, **options)
-        gc.collect()
-        assert each.used() == before
-        assert bits(each, cce_cupy.linear_cross_entropy_value_and_grad(**small)) == expected
-        if what == "workspace":
-            cce_cupy.linear_cross_entropy_value_and_grad(**large, workspace_bytes=2**25)
-    cce_cupy.linear_cross_entropy_value_and_grad(**large, **options)
-    assert bits(each, cce_cupy.linear_cross_entropy_value_and_grad(**small)) == expected
+    """The workspace's complaint says which knob lowers it; afterwards the same call works.
+
+    In a process of its own: what other tests left in a pool would serve the call that must fail.
+    """
+    script = Path(__file__).parent / "out_of_memory.py"
+    done = subprocess.run(
+        [sys.executable, script, each.name, what], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # several devices
