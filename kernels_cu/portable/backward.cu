@@ -8,9 +8,6 @@
 
 namespace cce {
 
-// In float64 the registers of dz do not suffice for kBlocks.
-constexpr int kBackwardBlocks = sizeof(Sum) == 8 ? 1 : kBlocks;
-
 // The columns of a range that each row tile of a part works on, ascending. Here and in the records
 // row tiles count from the first of the part.
 struct Lists {
@@ -82,7 +79,7 @@ __device__ __forceinline__ void store_sums(Sum* to, int64 stride, int rows, int 
 using namespace cce;
 
 // List the kept columns of a range for each row tile; bits that are null keep all. Grid: row tiles.
-extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     list_columns(RowMap map, const uint32* bits, int64 words, const int* unbounded,
                  int64 first_tile, int64 left, int64 right, Lists lists) {
   const int64 part = blockIdx.x, tile = first_tile + part;
@@ -117,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
 }
 
 // Recompute the logits of listed columns and form their dz. Grid: (row tiles, column blocks).
-extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     dlogits(Matrix e, Matrix c, const Storage* bias, int64 dim, int64 first_tile, int64 left,
             LogitOptions options,
             Filter filter, RowMap map, Lists lists, const Sum* lse, RowFactors factors,
@@ -237,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
 
 // dE of a row tile: its share of this range, added to those of the ranges before. `sums` starts at
 // the part's first row. Grid: (row tiles, blocks of D).
-extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     dembedding(Matrix c, const Storage* bias, int64 dim, int64 first_tile, int64 left, double scale,
                RowMap map,
                Lists lists, Records records, const Sum* row_smoothing,
@@ -292,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
 
 // dC and dbias of a range, from every row tile of a part in turn, added to those of the parts
 // before; tiles that list none of a block's columns are passed over. Grid: (column blocks of kBlockM, blocks of D).
-extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     dclassifier(Matrix e, int64 dim, int64 left, int64 right, double scale, RowMap map,
                 Lists lists, Records records, int64 tile_begin, int64 tile_end,
                 const Sum* smoothing, const double* smoothing_embedding, int parts,
@@ -397,7 +394,7 @@ extern "C" __global__ void weighted_rows(Matrix matrix, int64 rows, int64 dim, R
 }
 
 // The sum of the rows' factors of label smoothing. One block.
-extern "C" __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     sum_rows(RowMap map, const Sum* value, double* total) {
   __shared__ double partial[kThreads];
   double sum = 0;

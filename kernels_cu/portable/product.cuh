@@ -14,11 +14,11 @@ constexpr int kBlockM = 128;
 constexpr int kBlockN = sizeof(Sum) == 8 ? 64 : 128;
 constexpr int kBlockK = 8;
 // Blocks that share a multiprocessor: the barriers of one hide behind the products of the other. One
-// where two would spill: with conversions on the way in, and from compute capability 10.0 on.
-#if __CUDA_ARCH__ >= 1000
-constexpr int kBlocks = 1;
+// where the registers of half a multiprocessor do not suffice and the compiler would spill.
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000 && CCE_DTYPE == 1
+constexpr int kBlocks = 2;
 #else
-constexpr int kBlocks = sizeof(Storage) == 2 ? 1 : 2;
+constexpr int kBlocks = 1;
 #endif
 constexpr int kThreadM = kBlockM / kSideM;
 constexpr int kThreadN = kBlockN / kSideN;
