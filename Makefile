@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint docs bench gpu-test sanitize clean
+.PHONY: demo test lint docs kernels bench gpu-test sanitize clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/python -m cce_cupy demo
@@ -20,6 +20,10 @@ lint: $(VENV)/lint.done $(VENV)/test.done
 
 docs: $(VENV)/docs.done
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# Every kernel for every architecture, without a GPU; fails on a spill or a stack in local memory.
+kernels: $(VENV)/test.done
+	$(BIN)/python tests/kernel_resources.py
 
 bench: $(VENV)/test.done
 	$(BIN)/python tests/benchmarks/cpu.py $(BENCH_ARGS)
