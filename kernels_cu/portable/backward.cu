@@ -51,27 +51,17 @@ __device__ __forceinline__ const Storage* present_row(const Matrix& c, const Sto
   return removed ? nullptr : c.row(column);
 }
 
-// Add the block of sums that earlier parts left, `rows` x `width` of it, rows `stride` apart.
-__device__ __forceinline__ void add_sums(const Sum* from, int64 stride, int rows, int width,
-                                          Sum (&sums)[kThreadM][kThreadN]) {
+// Call f(i, j, offset) for those of a thread's sums that lie within `rows` x `width` of a matrix
+// whose rows are `stride` apart.
+template <typename Function>
+__device__ __forceinline__ void each_sum(int64 stride, int rows, int width, Function f) {
   const Places places;
 #pragma unroll
   for (int i = 0; i < kThreadM; ++i)
 #pragma unroll
     for (int j = 0; j < kThreadN; ++j)
       if (places.row(i) < rows && places.column(j) < width)
-        sums[i][j] += from[places.row(i) * stride + places.column(j)];
-}
-
-__device__ __forceinline__ void store_sums(Sum* to, int64 stride, int rows, int width,
-                                           const Sum (&sums)[kThreadM][kThreadN]) {
-  const Places places;
-#pragma unroll
-  for (int i = 0; i < kThreadM; ++i)
-#pragma unroll
-    for (int j = 0; j < kThreadN; ++j)
-      if (places.row(i) < rows && places.column(j) < width)
-        to[places.row(i) * stride + places.column(j)] = sums[i][j];
+        f(i, j, places.row(i) * stride + places.column(j));
 }
 
 }  // namespace cce
@@ -116,9 +106,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 // Recompute the logits of listed columns and form their dz. Grid: (row tiles, column blocks).
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     dlogits(Matrix e, Matrix c, const Storage* bias, int64 dim, int64 first_tile, int64 left,
-            LogitOptions options,
-            Filter filter, RowMap map, Lists lists, const Sum* lse, RowFactors factors,
-            const Sum* smoothing, Records records, unsigned long long* passed) {
+            LogitOptions options, Filter filter, RowMap map, Lists lists, const Sum* lse,
+            RowFactors factors, const Sum* smoothing, Records records,
+            unsigned long long* passed) {
   const int64 part = blockIdx.x, tile = first_tile + part;
   const int64 top = tile * kRowTile, count = *map.count;
   if (top >= count) return;
@@ -236,8 +226,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 // the part's first row. Grid: (row tiles, blocks of D).
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     dembedding(Matrix c, const Storage* bias, int64 dim, int64 first_tile, int64 left, double scale,
-               RowMap map,
-               Lists lists, Records records, const Sum* row_smoothing,
+               RowMap map, Lists lists, Records records, const Sum* row_smoothing,
                const double* smoothing_classifier, int parts, Sum* sums, int first, int last,
                Storage* out) {
   const int64 part = blockIdx.x, top = (first_tile + part) * kRowTile, count = *map.count;
@@ -252,18 +241,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     const Storage* row = present_row(c, bias, left + column[k]);
     return row == nullptr ? nullptr : row + start;
   };
+  const int width = static_cast<int>(min(dim - start, static_cast<int64>(kBlockN)));
   AcrossDepth<Sum, kBlockM, decltype(dz)> a{dz, listed, kRowTile};
-  AcrossDepth<Storage, kBlockN, decltype(classifier)> b{
-      classifier, listed, static_cast<int>(min(dim - start, static_cast<int64>(kBlockN)))};
+  AcrossDepth<Storage, kBlockN, decltype(classifier)> b{classifier, listed, width};
   Sum product[kThreadM][kThreadN] = {};
   const int rows = static_cast<int>(min(static_cast<int64>(kRowTile), count - top));
-  const int width = static_cast<int>(min(dim - start, static_cast<int64>(kBlockN)));
   Sum* sum_at = sums + part * kRowTile * dim + start;
-  // Before the product, which goes on where the range before ended: ranges change no bit.
-  if (!first) add_sums(sum_at, dim, rows, width, product);
+  auto add = [&](int i, int j, int64 at) { product[i][j] += sum_at[at]; };
+  auto store = [&](int i, int j, int64 at) { sum_at[at] = product[i][j]; };
+  // Before the product, which goes on where the range before ended.
+  if (!first) each_sum(dim, rows, width, add);
   multiply(stages, a, b, listed, c.aligned != 0, product);
   if (!last) {
-    store_sums(sum_at, dim, rows, width, product);
+    each_sum(dim, rows, width, store);
     return;
   }
   const Places places;
@@ -288,7 +278,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 // dC and dbias of a range, from every row tile of a part in turn, added to those of the parts
-// before; tiles that list none of a block's columns are passed over. Grid: (column blocks of kBlockM, blocks of D).
+// before; tiles that list none of a block's columns are passed over. Grid: (column blocks of
+// kBlockM, blocks of D).
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     dclassifier(Matrix e, int64 dim, int64 left, int64 right, double scale, RowMap map,
                 Lists lists, Records records, int64 tile_begin, int64 tile_end,
@@ -329,8 +320,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
         },
         kRowTile);
     auto embedding = [&](int k) { return e.row(map.source[top + k]) + start; };
-    AcrossDepth<Storage, kBlockN, decltype(embedding)> b{
-        embedding, rows, width};
+    AcrossDepth<Storage, kBlockN, decltype(embedding)> b{embedding, rows, width};
     // Records are zeros where a tile has no more rows.
     multiply(stages, a, b, kRowTile, e.aligned != 0, product);
     if (records.column != nullptr && threadIdx.x < kBlockM && slot[threadIdx.x] >= 0)
@@ -338,11 +328,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   }
   const bool sums_bias = bias_out != nullptr && blockIdx.y == 0 && threadIdx.x < columns;
   const int64 bias_at = block * static_cast<int64>(kBlockM) + threadIdx.x;
+  auto add = [&](int i, int j, int64 at) { product[i][j] += sum_at[at]; };
+  auto store = [&](int i, int j, int64 at) { sum_at[at] = product[i][j]; };
   // After the products: a sum over millions of rows in one chain would lose what a row adds.
-  if (!first) add_sums(sum_at, dim, columns, width, product);
+  if (!first) each_sum(dim, columns, width, add);
   if (sums_bias && !first) bias_sum += bias_sums[bias_at];
   if (!last) {
-    store_sums(sum_at, dim, columns, width, product);
+    each_sum(dim, columns, width, store);
     if (sums_bias) bias_sums[bias_at] = bias_sum;
     return;
   }
