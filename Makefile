@@ -11,7 +11,7 @@ demo: $(VENV)/demo.done
 	$(BIN)/python -m cce_cupy demo
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/lint.done $(VENV)/test.done
 	$(BIN)/ruff format --check .

@@ -45,7 +45,7 @@ HOUSE = {
     "version": Room(),
     "problem": Room(),
     "tensor_map": Room(),
-    "plan": Room("problem"),
+    "plan.*": Room("problem"),
     "compiler": Room("problem", foreign="cupy"),
     "cpu.*": Room("plan problem", foreign="threadpoolctl"),
     "launcher": Room("compiler tensor_map plan problem", foreign="cupy"),

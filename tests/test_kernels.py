@@ -9,39 +9,11 @@ from typing import Any
 
 import kernel_resources
 import pytest
-from kernel_resources import ARCHITECTURES, Report, Resources, Unit, compile_unit, read_log, units
+from kernel_resources import Report, Resources, Unit, read_log
 from rich.console import Console
 
 from cce_cupy import compiler
 from cce_cupy.commands import warmup
-
-# Every architecture, and every dtype: the four differ in how they load and store, and float64 in
-# its sums. All pairs are compiled by `python tests/kernel_resources.py`.
-TESTED = [
-    *(("bfloat16", arch) for arch in ARCHITECTURES),
-    ("float64", "sm_75"),
-    ("float32", "sm_80"),
-    ("float16", "sm_120"),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "arch"), TESTED)
-def test_kernels_compile_and_keep_to_registers(dtype: str, arch: str) -> None:
-    if lacking := kernel_resources.missing():
-        pytest.skip(lacking)
-    complaints = [
-        f"{unit.file}: {complaint}"
-        for unit in units([dtype], [arch])
-        for complaint in compile_unit(unit).complaints
-    ]
-    assert complaints == []
-
-
-def test_tested_units_cover_architectures_and_dtypes() -> None:
-    assert {arch for _, arch in TESTED} == set(ARCHITECTURES)
-    assert {dtype for dtype, _ in TESTED} == set(compiler.DTYPES)
-
 
 LOG = """\
 ptxas info    : 52 bytes gmem

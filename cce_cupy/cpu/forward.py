@@ -157,8 +157,8 @@ class _ForwardRun(NamedTuple):
         """Bound each row's lse from below by the logits of its group's targets.
 
         A sum over some of the columns is less than that over all; and what neighbours are about
-        is likely here too. On the data of docs/performance.md the forward then keeps an eighth
-        more columns than the exact test; with the targets of a row tile alone it is a quarter,
+        is likely here too. On the data of docs/performance.md the forward then keeps a sixth
+        more columns than the exact test; with the targets of a row tile alone it was a quarter,
         with each row's own three times as many.
         """
         call = self.call
@@ -280,7 +280,7 @@ class _ForwardTile(NamedTuple):
         reference[reference == -np.inf] = 0.0
         reference[infinite] = np.nan
         if self.store is not None:
-            # Not the product's own output: BLAS would visit that memory, cold, several times.
+            # Not as the product's own output: that took longer, BLAS visits its output repeatedly.
             np.copyto(self.store, z)
         z -= reference[:, None]
         state.reference[rows] = reference

@@ -1,0 +1,23 @@
+"""The plan of a call: tier, tiles, blocks, filter and workspace, from the problem alone.
+
+Pure arithmetic: no array is touched and no GPU is needed to make or to test a plan.
+"""
+
+from .gpu import GpuPlan, Room, lay_out, make_gpu_plan
+from .host import Plan, make_plan
+from .shared import COLUMN_CHUNK, ITEMSIZE, LARGEST_AUTO_EPS, MARGIN, ROW_TILE, Sweep
+
+__all__ = [
+    "COLUMN_CHUNK",
+    "ITEMSIZE",
+    "LARGEST_AUTO_EPS",
+    "MARGIN",
+    "ROW_TILE",
+    "GpuPlan",
+    "Plan",
+    "Room",
+    "Sweep",
+    "lay_out",
+    "make_gpu_plan",
+    "make_plan",
+]

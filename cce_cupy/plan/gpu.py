@@ -1,0 +1,253 @@
+"""The plan of the portable kernels of a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..problem import Problem
+from .shared import (
+    COLUMN_CHUNK,
+    DEFAULT_WORKSPACE_BYTES,
+    ITEMSIZE,
+    ROW_TILE,
+    Sweep,
+    choose_filter,
+    choose_sweeps,
+    whole,
+)
+
+Room = dict[str, int]
+"""Bytes of each piece of workspace, by name."""
+
+_PART_ALIGNMENT = 256
+_DENSE_BLOCK = 128
+_WIDE_RANGE = 1024
+_LONGEST_CHAIN = 512  # row tiles that enter one sum of dC one by one
+_SMOOTHING_PARTS = 64
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """How a problem will be computed by the portable kernels.
+
+    Attributes
+    ----------
+    tier : str
+    capacity : int
+        Rows there is room for: all tokens, ignored ones included, since how many count is known
+        on the device only.
+    tiles : int
+        Row tiles of as many rows.
+    segments, segment_columns : int
+        Parts of the vocabulary that the forward visits independently of each other.
+    words : int
+        32-bit words of kept-column bits of a row tile.
+    part_tiles, range_columns : int
+        Row tiles and columns whose dz is held at a time in the backward. dE of a range of columns
+        goes on where the range before ended; dC is the sum of what each part of the rows gives, in
+        their order.
+    smooths : bool
+        Whether label smoothing has any effect.
+    smoothing_parts : int
+        Parts of the sums over all rows or columns that label smoothing takes.
+    gradient_filter, filter_eps, filter_reason, sweeps
+        As in `Plan`.
+    saved, forward, backward : dict of str to int
+        Bytes of the pieces of workspace: those that a pullback refers to, and those that the
+        forward and the backward need while they run.
+    """
+
+    tier: str
+    capacity: int
+    tiles: int
+    segments: int
+    segment_columns: int
+    words: int
+    part_tiles: int
+    range_columns: int
+    smooths: bool
+    smoothing_parts: int
+    gradient_filter: str | None
+    filter_eps: float
+    filter_reason: str
+    sweeps: tuple[Sweep, ...]
+    saved: Room
+    forward: Room
+    backward: Room
+
+
+def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
+    """Plan a problem for the portable kernels of a GPU.
+
+    Parameters
+    ----------
+    problem : Problem
+    processors : int
+        Multiprocessors of the device.
+
+    Returns
+    -------
+    GpuPlan
+
+    Raises
+    ------
+    ValueError
+        When ``workspace_bytes`` is smaller than the least this problem can be computed in.
+    """
+    gradient_filter, eps, reason = choose_filter(problem)
+    filtered_e = gradient_filter is not None and problem.filter_e_grad
+    filtered_c = gradient_filter is not None and problem.filter_c_grad
+    filtered = filtered_e or filtered_c
+    sums = ITEMSIZE[problem.accumulator]
+    rows, dim, vocab = problem.tokens, problem.dim, problem.vocab
+    tiles = -(-rows // ROW_TILE)
+    # Two blocks a multiprocessor run at a time, or one after the other: see kBlocks of product.cuh.
+    segments = _segments(max(tiles, 1), 2 * processors, vocab // (8 * _DENSE_BLOCK))
+    segment_columns = whole(-(-vocab // segments), _DENSE_BLOCK)
+    segments = max(1, -(-vocab // segment_columns))
+    words = -(-vocab // COLUMN_CHUNK)
+    smooths = problem.label_smoothing > 0.0 and vocab > 1
+
+    saved = {
+        **dict.fromkeys(("source", "position", "target"), 8 * rows),
+        **dict.fromkeys(("count", "seed", "first_wrong", "normalizer", "smoothing_total"), 8),
+        "row_lse": sums * rows,
+        "smoothing": sums * vocab if smooths else 0,
+        "bits": 4 * words * tiles if filtered else 0,
+        "unbounded": 8 * -(-tiles // 2),
+    }
+    per_segment = segments * rows
+    forward = {
+        "bound": sums * rows,
+        "own": sums * rows,
+        "row_loss": 8 * rows,
+        "segment_reference": sums * per_segment,
+        "segment_rest": 8 * per_segment,
+        "segment_target_logit": sums * per_segment,
+        "segment_smoothed": 8 * per_segment,
+        "segment_total": 8 * per_segment,
+        "segment_weighted": 8 * per_segment,
+        "segment_best": sums * per_segment,
+        "segment_argmax": 8 * per_segment,
+    }
+    cut = _cut_backward(problem, tiles, together=filtered_e == filtered_c)
+    backward = {
+        **dict.fromkeys(("factor_softmax", "factor_onehot", "factor_smoothing"), sums * rows),
+        "smoothing_classifier": 8 * _SMOOTHING_PARTS * dim if smooths else 0,
+        "smoothing_embedding": 8 * _SMOOTHING_PARTS * dim if smooths else 0,
+        "smoothing_rows": 8,
+        "passed": 8,
+        **cut.room,
+    }
+    return GpuPlan(
+        tier="portable",
+        capacity=rows,
+        tiles=tiles,
+        segments=segments,
+        segment_columns=segment_columns,
+        words=words,
+        part_tiles=cut.tiles,
+        range_columns=cut.columns,
+        smooths=smooths,
+        smoothing_parts=_SMOOTHING_PARTS,
+        gradient_filter=gradient_filter if filtered else None,
+        filter_eps=eps if filtered else 0.0,
+        filter_reason=reason,
+        sweeps=choose_sweeps(filtered_e, filtered_c, together=cut.together),
+        saved=saved,
+        forward=forward,
+        backward=backward,
+    )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How the backward is cut into parts, and the room that one of them takes."""
+
+    together: bool
+    tiles: int
+    columns: int
+    room: Room
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.room.values())
+
+
+def _cut_backward(problem: Problem, tiles: int, *, together: bool) -> _Cut:
+    """Cut rows and columns so that dz, its lists and unfinished sums fit into the workspace.
+
+    One sweep over columns in wide ranges is fastest. Narrow ranges idle; two sweeps, one for each
+    gradient, recompute dz twice, but dE then takes sums for the rows of a part alone.
+    """
+    sums, dim = ITEMSIZE[problem.accumulator], problem.dim
+    vocab = whole(problem.vocab, _DENSE_BLOCK)
+
+    def cut(together: bool, part: int, columns: int) -> _Cut:
+        in_ranges, in_parts = columns < vocab, part < tiles
+        blocks = columns // _DENSE_BLOCK
+        summed_rows = problem.tokens if together else part * ROW_TILE
+        return _Cut(
+            together,
+            part,
+            columns,
+            {
+                "de_sums": sums * summed_rows * dim if in_ranges else 0,
+                "dc_sums": sums * columns * dim if in_parts else 0,
+                "dbias_sums": 8 * columns if in_parts else 0,
+                "list_column": 4 * part * columns,
+                "list_before": 4 * part * (blocks + 1),
+                "dz": sums * part * columns * ROW_TILE,
+                "dz_column": sums * part * columns,
+            },
+        )
+
+    least = cut(False, 1, _DENSE_BLOCK)
+    if problem.workspace_bytes is not None and problem.workspace_bytes < least.bytes:
+        raise ValueError(
+            f"workspace_bytes must be at least {least.bytes} for D = {dim}, "
+            f"V = {problem.vocab} and {problem.dtype} on a GPU, got {problem.workspace_bytes}"
+        )
+    allowed = max(problem.workspace_bytes or DEFAULT_WORKSPACE_BYTES, least.bytes)
+    for in_one in (True, False) if together else (False,):
+        part = min(max(tiles, 1), _LONGEST_CHAIN)
+        while True:
+            columns = vocab
+            while columns > _DENSE_BLOCK and cut(in_one, part, columns).bytes > allowed:
+                # What a column takes is the same in every range, so that one step nearly fits.
+                fixed = cut(in_one, part, 0).bytes
+                each = (cut(in_one, part, columns).bytes - fixed) / columns
+                fitting = int(max(allowed - fixed, 0) / each) // _DENSE_BLOCK * _DENSE_BLOCK
+                columns = max(min(fitting, columns - _DENSE_BLOCK), _DENSE_BLOCK)
+            found = cut(in_one, part, columns)
+            wide = columns >= min(vocab, _WIDE_RANGE) or (part == 1 and not in_one)
+            if found.bytes <= allowed and wide:
+                return found
+            if part == 1:
+                break
+            part = -(-part // 2)
+    return least
+
+
+def _segments(tiles: int, slots: int, most: int) -> int:
+    """Return into how many parts to cut the vocabulary so that blocks fill the device evenly.
+
+    A last wave of a few blocks takes as long as a full one. Fewer parts of equal merit: each
+    takes its own sums of every row.
+    """
+
+    def idle(parts: int) -> float:
+        blocks = tiles * parts
+        return 1.0 - blocks / (-(-blocks // slots) * slots)
+
+    candidates = range(1, max(1, min(max(2 * slots // tiles, 2), most)) + 1)
+    return min(candidates, key=lambda parts: (max(idle(parts), 0.04), parts))
+
+
+def lay_out(room: Room) -> tuple[dict[str, int], int]:
+    """Return the offset of each piece in one allocation, and the bytes of the whole."""
+    offsets, end = {}, 0
+    for name, size in room.items():
+        offsets[name] = end
+        end += whole(size, _PART_ALIGNMENT)
+    return offsets, end
