@@ -108,6 +108,28 @@ def test_large_logits_do_not_overflow(dtype, spread):
         assert_within(found, exact, allowed, "gradient")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gap", [400.0, 1000.0])
+@pytest.mark.parametrize("gradient_filter", [None, "unbiased", "threshold"])
+def test_logits_far_above_every_target_do_not_overflow(dtype, gap, gradient_filter):
+    """Bounds from the targets alone are then so low that exponentials relative to them overflow."""
+    case = problem(200, 3000, d=8, dtype=dtype)
+    case.c[3] = -gap * case.e[0]
+    case.c[[2500, 2501]] = gap * case.e[0]
+    case.e[:] = case.e[0]
+    case.targets[:] = 3
+    oracle = case.oracle()
+    assert (oracle.lse - oracle.z[:, 3]).min() > 2 * gap
+    loss, gradients = value_and_grad(case, gradient_filter=gradient_filter, filter_eps=1e-4)
+    tolerances = case.tolerances(oracle)
+    assert_within(loss, oracle.loss, tolerances.loss(), "loss")
+    for found, exact, allowed in zip(
+        gradients[:2], oracle.gradients()[:2], tolerances.gradients()[:2], strict=True
+    ):
+        # What a filter drops is too small for any dtype.
+        assert_within(found, exact, allowed, "gradient")
+
+
 # Symmetries
 
 

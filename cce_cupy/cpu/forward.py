@@ -186,6 +186,7 @@ class _ForwardRun(NamedTuple):
         call = self.call
         state = _RowState(bound, self.statistics)
         embeddings = call.embeddings(first, last)
+        ones = np.ones(call.plan.column_block, call.dtype)
         for start, stop in spans(left, right, call.plan.column_block):
             classifier = call.classifier(slice(start, stop))
             for begin, end in call.products(first, last):
@@ -199,6 +200,9 @@ class _ForwardRun(NamedTuple):
                         run=self,
                         state=state,
                         logits=block[top:bottom],
+                        embeddings=embeddings[begin - first + top : begin - first + bottom],
+                        classifier=classifier,
+                        ones=ones[: stop - start],
                         store=None if store is None else store[top:bottom],
                         group=first,
                         top=begin - first + top,
@@ -239,6 +243,10 @@ class _ForwardTile(NamedTuple):
     run: _ForwardRun
     state: _RowState
     logits: Array
+    embeddings: Array
+    classifier: Array
+    ones: Array
+    """One for each column: a product with it is the fastest sum over a row."""
     store: Array | None
     """Where to leave the logits for the backward."""
     group: int
@@ -261,7 +269,9 @@ class _ForwardTile(NamedTuple):
         if smoothing is not None:
             state.smoothed_logit[rows] += z @ smoothing[columns]
         # Only a removed entry may be -inf; from an infinite input it must come out as NaN.
-        infinite = z.min(axis=1) == -np.inf
+        infinite = np.zeros(len(z), np.bool_)
+        if not np.isfinite(z @ self.ones).all():
+            infinite = z.min(axis=1) == -np.inf
         if removed is not None:
             z[:, removed[columns]] = -np.inf
 
@@ -274,28 +284,46 @@ class _ForwardTile(NamedTuple):
             place = z.argmax(axis=1)
             state.take_best(z[np.arange(len(z)), place], place + self.left, rows)
 
-        old = state.reference[rows].copy()
-        reference = np.maximum(state.bound[rows].astype(z.dtype), z.max(axis=1))
-        # Where everything so far is -inf any finite reference will do.
-        reference[reference == -np.inf] = 0.0
-        reference[infinite] = np.nan
         if self.store is not None:
             # Not as the product's own output: that took longer, BLAS visits its output repeatedly.
             np.copyto(self.store, z)
-        z -= reference[:, None]
-        state.reference[rows] = reference
-        shift = old - state.reference[rows]
-        if run.statistics:
-            self._entropy(z, rows, shift)
-        else:
-            np.exp(z, out=z)
 
+        reference = state.bound[rows].astype(z.dtype)
+        reference[infinite] = np.nan
+        # The bound is close enough to the largest logit for all but contrived input, and finding
+        # the largest takes a third as long as the exponentials.
+        others = None
+        if not run.statistics and (reference > -np.inf).all():
+            others = self._others(reference, hit, at)
+            if not np.isfinite(others).all():
+                others = None
+                np.matmul(self.embeddings, self.classifier.T, out=z)
+                call.logits(z, columns)
+                if removed is not None:
+                    z[:, removed[columns]] = -np.inf
+        if others is None:
+            reference = np.maximum(reference, z.max(axis=1))
+            # Where everything so far is -inf any finite reference will do.
+            reference[reference == -np.inf] = 0.0
+            others = self._others(reference, hit, at)
+        shift = state.reference[rows] - reference
+        state.reference[rows] = reference
+        state.rest[rows] = state.rest[rows] * np.exp(shift) + others
         if run.bits is not None:
             kept.put_bits(run.bits, self.number, self.left, self._keep(z, at))
-        z[hit, at] = 0.0
-        state.rest[rows] = state.rest[rows] * np.exp(shift) + z.sum(axis=1)
         seen = state.reference[rows] + np.log(state.rest[rows])
         state.bound[rows] = np.maximum(state.bound[rows], seen)
+
+    def _others(self, reference: Array, hit: Array, at: Array) -> Array:
+        """Replace logits by exp(z - reference), the target's by 0; return each row's sum."""
+        z = self.logits
+        z -= reference[:, None]
+        if self.run.statistics:
+            self._entropy(z, reference)
+        else:
+            np.exp(z, out=z)
+        z[hit, at] = 0.0
+        return np.asarray(z @ self.ones)
 
     def _keep(self, z: Array, targets: Array) -> Array:
         """Test the columns against a lower bound of lse: a superset of what the backward keeps.
@@ -309,13 +337,15 @@ class _ForwardTile(NamedTuple):
             u = kept.uniforms(call.seed, self.number, chunk, chunk - -width // COLUMN_CHUNK)
             threshold = np.repeat(u, COLUMN_CHUNK)[:width] * threshold
         # Not (largest >= threshold): a NaN must be kept, so that it reaches the gradients.
+        # The target's is 0 by now.
         keep = ~(z.max(axis=0) < threshold)
         keep[targets] = True
         return np.asarray(keep)
 
-    def _entropy(self, z: Array, rows: slice, shift: Array) -> None:
-        """Exponentiate the logits in place, and update the sums that entropy needs."""
-        state = self.state
+    def _entropy(self, z: Array, reference: Array) -> None:
+        """Exponentiate the centred logits in place, and update the sums that entropy needs."""
+        state, rows = self.state, slice(self.top, self.top + len(z))
+        shift = state.reference[rows] - reference
         # exp(-1e4) is 0 in every dtype, and 0 * -1e4 is 0 where 0 * -inf would be NaN.
         centred = np.maximum(z, -1e4)
         np.exp(z, out=z)
