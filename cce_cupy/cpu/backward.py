@@ -71,6 +71,19 @@ class _Piece(NamedTuple):
         return 0 if self.passed is None else int(np.count_nonzero(self.passed))
 
 
+class _ColumnSums(NamedTuple):
+    """The sums of dC of some columns of a range.
+
+    ``place`` says where in ``total`` each column of the range stands; it is None where all do, in
+    their order.
+    """
+
+    columns: slice | Array
+    left: int
+    total: Array
+    place: Array | None
+
+
 class _Turns:
     """The order in which column ranges add to dE: that of the ranges, for every group of rows.
 
@@ -210,8 +223,7 @@ class _Backward:
     ) -> int:
         """Complete dC of a range of columns and hand its part of dE on; return what passed."""
         call, width = self.call, columns[1] - columns[0]
-        output = self.dc[slice(*columns)]
-        total = np.zeros(output.shape, call.dtype) if self.rounds else output
+        sums = self.column_sums(sweep, columns)
         passed = 0
         for first, last in spans(0, len(call.rows), call.plan.row_block):
             embeddings = call.embeddings(first, last)
@@ -226,15 +238,35 @@ class _Backward:
                     if sweep.e:
                         part = self.add_product(part, piece)
                     if dense is None:
-                        some = embeddings[within]
-                        self.add_columns(total, columns[0], piece, some, empty=False)
+                        self.add_columns(sums, piece, embeddings[within], empty=False)
                 if sweep.e:
                     add_rows(number, rows, part)
             if dense is not None:
                 whole = _Piece(slice(*columns), dense, dense, None)
-                self.add_columns(total, columns[0], whole, embeddings, empty=first == 0)
-        self.finish_columns(slice(*columns), total)
+                self.add_columns(sums, whole, embeddings, empty=first == 0)
+        self.finish_columns(sums)
         return passed
+
+    def column_sums(self, sweep: Sweep, columns: tuple[int, int]) -> _ColumnSums:
+        """Return what dC of a range of columns is summed in.
+
+        Of a filtered sweep it holds the columns that some row tile keeps, and is added to many
+        times: in a buffer that stays in cache, where dC itself would be fetched from memory.
+        """
+        call, (left, right) = self.call, columns
+        if not sweep.filtered or self.saved.bits is None:
+            output = self.dc[left:right]
+            total = np.zeros(output.shape, call.dtype) if self.rounds else output
+            return _ColumnSums(slice(left, right), left, total, None)
+        if self.smoothing_of_rank_one is None:
+            some = kept.columns_kept_by_any(self.saved.bits, left, right)
+        else:
+            some = np.arange(left, right)
+        total = self.scratch.get("dC", len(some), call.problem.dim)
+        total.fill(0)
+        place = np.zeros(right - left, np.intp)
+        place[some - left] = np.arange(len(some))
+        return _ColumnSums(some, left, total, place)
 
     def pieces(
         self,
@@ -299,25 +331,24 @@ class _Backward:
         return part
 
     def add_columns(
-        self, total: Array, left: int, piece: _Piece, embeddings: Array, *, empty: bool
+        self, sums: _ColumnSums, piece: _Piece, embeddings: Array, *, empty: bool
     ) -> None:
-        """Add ``dz.T @ e`` to a range of dC that starts at column `left`, and dz to dbias."""
+        """Add ``dz.T @ e`` to a range of dC, and dz to dbias."""
         if self.dbias is not None:
             self.dbias[piece.columns] += piece.dz.sum(axis=0)
         if empty:
-            np.matmul(piece.dz.T, embeddings, out=total)
+            np.matmul(piece.dz.T, embeddings, out=sums.total)
             return
-        if piece.passed is None:
-            total += self.product("next", piece.dz.T, embeddings)
+        if sums.place is None or piece.passed is None:
+            sums.total[...] += self.product("next", piece.dz.T, embeddings)
             return
         assert not isinstance(piece.columns, slice)
         at = np.flatnonzero(piece.passed)
         product = self.product("next", piece.dz[:, at].T, embeddings)
-        rows = piece.columns[at] - left
-        product += np.take(
-            total, rows, axis=0, out=self.scratch.get("rows", *product.shape), mode="clip"
-        )
-        total[rows] = product
+        rows = sums.place[piece.columns[at] - sums.left]
+        room = self.scratch.get("rows", *product.shape)
+        product += np.take(sums.total, rows, axis=0, out=room, mode="clip")
+        sums.total[rows] = product
 
     def finish_rows(self, first: int, total: Array) -> None:
         """Add label smoothing to a sum of dE, scale, round and store it."""
@@ -328,13 +359,14 @@ class _Backward:
             total *= self.call.problem.logit_scale
         self.de[as_index(self.call.rows.source[rows])] = total
 
-    def finish_columns(self, columns: slice, total: Array) -> None:
+    def finish_columns(self, sums: _ColumnSums) -> None:
         """Add label smoothing to a sum of dC, scale, round and store it."""
+        columns, total = sums.columns, sums.total
         if self.smoothing_of_rank_one is not None:
             total -= self.smoothing_of_rank_one[columns, None] * self.smoothing_embedding
         if self.call.problem.logit_scale != 1.0:
             total *= self.call.problem.logit_scale
-        if self.rounds:
+        if self.rounds or sums.place is not None:
             self.dc[columns] = total
 
     @functools.cached_property

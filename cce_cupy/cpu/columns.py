@@ -37,6 +37,13 @@ def kept_columns(
     return first + np.flatnonzero(np.unpackbits(packed, count=last - first, bitorder="little"))
 
 
+def columns_kept_by_any(bits: npt.NDArray[np.uint8], first: int, last: int) -> npt.NDArray[np.intp]:
+    """Return the columns in [first, last) that some tile keeps, as `kept_columns` does of one."""
+    some = bits[:, first // 8 : -(-last // 8)]
+    united = np.bitwise_or.reduce(some, axis=0, keepdims=True)
+    return first + kept_columns(united, 0, 0, last - first)
+
+
 def uniforms(seed: int, tile: int, first: int, last: int) -> npt.NDArray[np.float32]:
     """Return the thresholds u of the chunks [first, last) of a row tile.
 

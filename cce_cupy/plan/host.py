@@ -106,10 +106,8 @@ def make_plan(problem: Problem) -> Plan:
     columns = whole(vocab, COLUMN_CHUNK)
     column_block = min(_fit(2**21 // dim, 3 * COLUMN_CHUNK, 1536), columns)
     gather_block = column_block
-    # Where the output is rounded, dC is summed in a buffer of column_range x D.
-    column_range = min(
-        _fit(min(2**22 // dim if rounds else vocab, vocab // 16), 1024, 4096), columns
-    )
+    # dC of a range is summed in a buffer of at most column_range x D.
+    column_range = min(_fit(min(2**22 // dim, vocab // 16), 1024, 4096), columns)
     # Few rows leave cores idle unless the vocabulary is cut too.
     groups = -(-max(tokens, 1) // row_block)
     segments = max(1, min(-(-16 // groups), vocab // 4096))
@@ -123,7 +121,7 @@ def make_plan(problem: Problem) -> Plan:
     dense += blocks + (2 * row_block + column_block * copies) * dim
     gathered = 4 * ROW_TILE * gather_block + row_block * dim
     gathered += (2 * ROW_TILE + (copies + 1) * gather_block) * dim
-    gathered += column_range * dim if rounds else 0
+    gathered += column_range * dim
     each = max(
         visit,
         0 if filtered_e and filtered_c else dense,
