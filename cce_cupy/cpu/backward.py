@@ -300,7 +300,7 @@ class _Backward:
                 within = slice(first - rows[0], last - rows[0])
                 some = embeddings[within]
                 logits = self.logits(dz[within], (first, last), some, classifier, piece)
-                for top, bottom in spans(first, last, ROW_TILE):
+                for top, bottom in call.tiles(first, last, filtered=sweep.filtered):
                     tile = _BackwardTile(self, dz[top - rows[0] : bottom - rows[0]], top, piece)
                     passed = tile.form(logits[top - first : bottom - first], sweep.filtered)
             yield _Piece(piece, dz, classifier, passed)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..plan import Plan
+from ..plan import ROW_TILE, Plan
 from ..problem import Problem
 from .memory import Array, as_sums, take_rows
 from .tokens import Arrays, Classes, Rows
@@ -67,6 +67,10 @@ class Call:
         """
         split = min(max(self.plan.stored_rows, first), last)
         return [span for span in ((first, split), (split, last)) if span[0] < span[1]]
+
+    def tiles(self, first: int, last: int, *, filtered: bool) -> list[tuple[int, int]]:
+        """Cut rows into those that elementwise work takes at a time, while they are in cache."""
+        return spans(first, last, ROW_TILE if filtered else 2 * ROW_TILE)
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -12,6 +12,10 @@ from . import columns as kept
 from .call import Call, StoredLogits, spans
 from .memory import Array, Scratch, Workers
 
+NEAR_ZERO = 40.0
+"""Bounds of lse below which the sum of the exponentials themselves is far from both ends of a
+float32: what underflows is less than exp(-47) of the sum."""
+
 
 @dataclass(frozen=True)
 class Forward:
@@ -195,7 +199,7 @@ class _ForwardRun(NamedTuple):
                 store = None
                 if self.stored is not None and begin < self.stored.rows:
                     store = self.stored.block(start, stop)[begin:end]
-                for top, bottom in spans(0, end - begin, ROW_TILE):
+                for top, bottom in call.tiles(0, end - begin, filtered=self.bits is not None):
                     _ForwardTile(
                         run=self,
                         state=state,
@@ -288,24 +292,20 @@ class _ForwardTile(NamedTuple):
             # Not as the product's own output: that took longer, BLAS visits its output repeatedly.
             np.copyto(self.store, z)
 
-        reference = state.bound[rows].astype(z.dtype)
-        reference[infinite] = np.nan
         # The bound is close enough to the largest logit for all but contrived input, and finding
-        # the largest takes a third as long as the exponentials.
-        others = None
-        if not run.statistics and (reference > -np.inf).all():
-            others = self._others(reference, hit, at)
-            if not np.isfinite(others).all():
-                others = None
-                np.matmul(self.embeddings, self.classifier.T, out=z)
-                call.logits(z, columns)
-                if removed is not None:
-                    z[:, removed[columns]] = -np.inf
-        if others is None:
+        # the largest takes a third as long as the exponentials. Entropy needs its accuracy.
+        reference = state.bound[rows].astype(z.dtype)
+        if run.statistics:
             reference = np.maximum(reference, z.max(axis=1))
             # Where everything so far is -inf any finite reference will do.
             reference[reference == -np.inf] = 0.0
-            others = self._others(reference, hit, at)
+        elif run.bits is None:
+            # Nothing to subtract; and nothing underflows that counts.
+            reference[np.abs(reference) < NEAR_ZERO] = 0.0
+        reference[infinite] = np.nan
+        others = self._others(reference, hit, at)
+        if not np.isfinite(others).all():
+            self._repeat(np.flatnonzero(~np.isfinite(others)), reference, others)
         shift = state.reference[rows] - reference
         state.reference[rows] = reference
         state.rest[rows] = state.rest[rows] * np.exp(shift) + others
@@ -317,13 +317,36 @@ class _ForwardTile(NamedTuple):
     def _others(self, reference: Array, hit: Array, at: Array) -> Array:
         """Replace logits by exp(z - reference), the target's by 0; return each row's sum."""
         z = self.logits
-        z -= reference[:, None]
+        if reference.any():  # a NaN too
+            z -= reference[:, None]
         if self.run.statistics:
             self._entropy(z, reference)
         else:
             np.exp(z, out=z)
         z[hit, at] = 0.0
         return np.asarray(z @ self.ones)
+
+    def _repeat(self, rows: Array, reference: Array, others: Array) -> None:
+        """Sum rows whose sums overflowed again, relative to their largest logit.
+
+        Those alone: what they hold may not change a bit of the others.
+        """
+        call, columns = self.run.call, slice(self.left, self.left + self.logits.shape[1])
+        z = np.matmul(self.embeddings[rows], self.classifier.T)
+        call.logits(z, columns)
+        if call.classes.removed is not None:
+            z[:, call.classes.removed[columns]] = -np.inf
+        largest = np.maximum(reference[rows], z.max(axis=1))
+        largest[largest == -np.inf] = 0.0
+        reference[rows] = largest
+        z -= largest[:, None]
+        np.exp(z, out=z)
+        first = self.group + self.top
+        target = call.rows.target[first + rows] - self.left
+        hit = np.flatnonzero((target >= 0) & (target < z.shape[1]))
+        z[hit, target[hit]] = 0.0
+        others[rows] = z @ self.ones
+        self.logits[rows] = z
 
     def _keep(self, z: Array, targets: Array) -> Array:
         """Test the columns against a lower bound of lse: a superset of what the backward keeps.

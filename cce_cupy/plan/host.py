@@ -116,8 +116,8 @@ def make_plan(problem: Problem) -> Plan:
     # A block of c and of e as such, or converted; and the sum of dC that is rounded at the end.
     copies = 2 if rounds else 1
     blocks = (row_block + copies * column_block) * dim
-    visit = row_block * column_block + 2 * ROW_TILE * column_block + blocks
-    dense = row_block * column_block + 2 * ROW_TILE * column_block + row_block * dim
+    visit = row_block * column_block + 4 * ROW_TILE * column_block + blocks
+    dense = row_block * column_block + 4 * ROW_TILE * column_block + row_block * dim
     dense += blocks + (2 * row_block + column_block * copies) * dim
     gathered = 4 * ROW_TILE * gather_block + row_block * dim
     gathered += (2 * ROW_TILE + (copies + 1) * gather_block) * dim
