@@ -11,9 +11,8 @@ from .compiler import import_cupy, kernel
 from .plan import ITEMSIZE, MARGIN, ROW_TILE, GpuPlan, Sweep
 from .problem import Problem
 
-BLOCK_M = 128
-BLOCK_N = {"float64": 64, "float32": 128}
-"""kBlockM and, by the dtype of the sums, kBlockN of kernels_cu/portable/product.cuh."""
+_BLOCK = 128
+"""kBlockM and kBlockN of kernels_cu/portable/product.cuh."""
 
 _PRODUCT_THREADS = 256
 """kThreads there."""
@@ -334,8 +333,7 @@ class Launcher:
         """Work on some row tiles and columns: their lists, dz, and its products."""
         problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
         dim, tiles = np.int64(problem.dim), part.last_tile - part.first_tile
-        width = -(-(part.right - part.left) // BLOCK_M) * BLOCK_M
-        block_n = BLOCK_N[problem.accumulator]
+        width = -(-(part.right - part.left) // _BLOCK) * _BLOCK
         lists = _pack(_LISTS, room["list_column"], room["list_before"], width)
         with_bias = outputs.dbias if sweep.c else 0
         records = _pack(_RECORDS, room["dz"], room["dz_column"] if with_bias else 0)
@@ -355,13 +353,13 @@ class Launcher:
         )  # fmt: skip
         counts = sweep.filtered and (sweep.c or not problem.filter_c_grad)
         self.launch(
-            "backward", "dlogits", (tiles, width // block_n), (_PRODUCT_THREADS,),
+            "backward", "dlogits", (tiles, width // _BLOCK), (_PRODUCT_THREADS,),
             self.e, self.c, np.uint64(inputs.bias), dim, first_tile, left, self.logit_options,
             filter_, self.map, lists, np.uint64(room["row_lse"]), factors,
             np.uint64(0 if rank_one else smoothing), records,
             np.uint64(outputs.passed if counts else 0),
         )  # fmt: skip
-        d_blocks = -(-problem.dim // block_n)
+        d_blocks = -(-problem.dim // _BLOCK)
         if sweep.e:
             # Where both gradients are formed at once the sums of all rows are held.
             row = part.first_tile * ROW_TILE if sweep.c else 0
@@ -375,7 +373,7 @@ class Launcher:
                 np.uint64(outputs.de),
             )  # fmt: skip
         if sweep.c:
-            grid = (width // BLOCK_M, max(d_blocks, 1))
+            grid = (width // _BLOCK, max(d_blocks, 1))
             self.launch(
                 "backward", "dclassifier", grid, (_PRODUCT_THREADS,),
                 self.e, dim, left, right, scale, self.map, lists, records,

@@ -38,6 +38,12 @@ __device__ __forceinline__ Bits as_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float from_bits(Bits x) { return __uint_as_float(x); }
 #endif
 
+// The sums of dz over a thread's rows take the room of the stages once the product is done.
+union DlogitsShared {
+  ProductStages stages;
+  Sum column_sum[kSideM][kBlockN];
+};
+
 // Only a removed entry's logit is -inf, and its probability is 0 whatever the rest of the row is.
 __device__ __forceinline__ Sum probability(Sum logit, Sum lse) {
   return logit == -static_cast<Sum>(infinity()) ? Sum(0) : exponential(logit - lse);
@@ -49,6 +55,12 @@ __device__ __forceinline__ const Storage* present_row(const Matrix& c, const Sto
   const bool removed =
       bias != nullptr && widen(bias[column]) == -static_cast<Sum>(infinity());
   return removed ? nullptr : c.row(column);
+}
+
+// What a loop loads for each row stays in it: held in registers across the loop, as the compiler would
+// have it, the rows' doubles leave too few for the sums.
+__device__ __forceinline__ void keep_loads_here() {
+  if (sizeof(Sum) == 8) asm volatile("" ::: "memory");
 }
 
 // Call f(i, j, offset) for those of a thread's sums that lie within `rows` x `width` of a matrix
@@ -115,10 +127,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int listed = lists.before[part * (lists.width / kBlockM + 1) + lists.width / kBlockM];
   const int first = blockIdx.y * kBlockN;
   if (first >= listed) return;
-  __shared__ ProductStages stages;
+  __shared__ DlogitsShared shared;
   __shared__ Bits largest[kBlockN];
   __shared__ Sum weight[kBlockN];
-  __shared__ Sum column_sum[kSideM][kBlockN];
   const int* column = lists.column + part * lists.width;
   const int rows = static_cast<int>(min(static_cast<int64>(kRowTile), count - top));
   const int columns = min(kBlockN, listed - first);
@@ -134,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       },
       dim);
   Sum z[kThreadM][kThreadN] = {};
-  multiply(stages, a, b, static_cast<int>(dim), e.aligned && c.aligned, z);
+  multiply(shared.stages, a, b, static_cast<int>(dim), e.aligned && c.aligned, z);
   const Places places;
 
   // Logits; and of each column the largest probability, where a target counts as 1.
@@ -146,6 +157,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   }
 #pragma unroll
   for (int j = 0; j < kThreadN; ++j) {
+    keep_loads_here();
     Bits most = 0;
 #pragma unroll
     for (int i = 0; i < kThreadM; ++i) {
@@ -185,6 +197,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   Sum* record = records.dz + (part * lists.width + first) * kRowTile;
 #pragma unroll
   for (int j = 0; j < kThreadN; ++j) {
+    keep_loads_here();
     const int x = places.column(j);
     const Sum w = weight[x];
     Sum sum = 0;
@@ -202,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       z[i][j] = dz;
       sum += dz;
     }
-    column_sum[threadIdx.x / kSideN][x] = sum;
+    shared.column_sum[threadIdx.x / kSideN][x] = sum;
     if (at[j] < 0) continue;
 #pragma unroll
     for (int i = 0; i < kThreadM; i += kVector) {
@@ -217,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (threadIdx.x < columns) {
     Sum sum = 0;
-    for (int i = 0; i < kSideM; ++i) sum += column_sum[i][threadIdx.x];
+    for (int i = 0; i < kSideM; ++i) sum += shared.column_sum[i][threadIdx.x];
     records.column[part * lists.width + first + threadIdx.x] = sum;
   }
 }

@@ -83,50 +83,38 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   auto embedding = [&](int row) { return row < rows ? e.row(map.source[top + row]) : nullptr; };
+  static_assert(kBlockN >= kRowTile, "a row tile has as many targets");
+  auto classifier = [&](int at) {
+    return at < rows && distinct[at] ? c.row(target[at]) : nullptr;
+  };
+  AlongDepth<Storage, kBlockM> a(embedding, dim);
+  AlongDepth<Storage, kBlockN> b(classifier, dim);
+  Sum z[kThreadM][kThreadN] = {};
+  multiply(stages, a, b, static_cast<int>(dim), e.aligned && c.aligned, z);
+
   const Sum lowest = -static_cast<Sum>(infinity());
-  Sum running[kThreadM], sum[kThreadM];
-#pragma unroll
-  for (int i = 0; i < kThreadM; ++i) {
-    running[i] = lowest;
-    sum[i] = 0;
-  }
-  for (int left = 0; left < rows; left += kBlockN) {
-    auto classifier = [&](int column) {
-      const int at = left + column;
-      return at < rows && distinct[at] ? c.row(target[at]) : nullptr;
-    };
-    AlongDepth<Storage, kBlockM> a(embedding, dim);
-    AlongDepth<Storage, kBlockN> b(classifier, dim);
-    Sum z[kThreadM][kThreadN] = {};
-    multiply(stages, a, b, static_cast<int>(dim), e.aligned && c.aligned, z);
-    const Places places;
-#pragma unroll
-    for (int i = 0; i < kThreadM; ++i) {
-      Sum top_logit = lowest;
-#pragma unroll
-      for (int j = 0; j < kThreadN; ++j) {
-        const int at = left + places.column(j);
-        const bool counts = at < rows && distinct[at];
-        z[i][j] = counts ? make_logit(z[i][j], bias, target[at], options) : lowest;
-        if (counts && target[at] == target[places.row(i)]) own[top + places.row(i)] = z[i][j];
-        top_logit = larger(top_logit, z[i][j]);
-      }
-      const Sum most = larger(running[i], row_largest(top_logit));
-      // Where everything so far is -inf any finite reference will do.
-      const Sum reference = most == lowest ? Sum(0) : most;
-      Sum added = 0;
-#pragma unroll
-      for (int j = 0; j < kThreadN; ++j) added += exponential(z[i][j] - reference);
-      sum[i] = sum[i] * exponential(running[i] - reference) + row_sum(added);
-      running[i] = most;
-    }
-  }
   const Places places;
 #pragma unroll
   for (int i = 0; i < kThreadM; ++i) {
     const int row = places.row(i);
+    Sum most = lowest;
+#pragma unroll
+    for (int j = 0; j < kThreadN; ++j) {
+      const int at = places.column(j);
+      const bool counts = at < rows && distinct[at];
+      z[i][j] = counts ? make_logit(z[i][j], bias, target[at], options) : lowest;
+      if (counts && target[at] == target[row]) own[top + row] = z[i][j];
+      most = larger(most, z[i][j]);
+    }
+    most = row_largest(most);
+    // Where all are -inf any finite reference will do.
+    const Sum reference = most == lowest ? Sum(0) : most;
+    Sum sum = 0;
+#pragma unroll
+    for (int j = 0; j < kThreadN; ++j) sum += exponential(z[i][j] - reference);
+    sum = row_sum(sum);
     if (threadIdx.x % kSideN == 0 && row < rows)
-      bound[top + row] = running[i] == lowest ? lowest : running[i] + logarithm(sum[i]);
+      bound[top + row] = most == lowest ? lowest : most + logarithm(sum);
   }
 }
 

@@ -11,7 +11,7 @@ constexpr int kSideM = 16;  // threads along each side of the block of sums
 constexpr int kSideN = kThreads / kSideM;
 constexpr int kVector = 16 / sizeof(Sum);  // sums in a 16-byte word of shared memory
 constexpr int kBlockM = 128;
-constexpr int kBlockN = sizeof(Sum) == 8 ? 64 : 128;
+constexpr int kBlockN = 128;
 constexpr int kBlockK = 8;
 // Blocks that share a multiprocessor: the barriers of one hide behind the products of the other. One
 // where the registers of half a multiprocessor do not suffice and the compiler would spill.
@@ -22,6 +22,9 @@ constexpr int kBlocks = 1;
 #endif
 constexpr int kThreadM = kBlockM / kSideM;
 constexpr int kThreadN = kBlockN / kSideN;
+// Steps of the depth side by side: with all of them the compiler reads further ahead in doubles than
+// there are registers for.
+constexpr int kUnroll = sizeof(Sum) == 8 ? 4 : kBlockK;
 constexpr int kGroup = 4;  // elements that one load takes along the contiguous axis
 
 struct alignas(16) Word {
@@ -180,7 +183,7 @@ __device__ __forceinline__ void multiply_loop(ProductStages& stages, A& a, B& b,
     b.template fetch<kAligned>(k + kBlockK);
     // Element by element they would take registers that are not there.
     if (kAligned) asm volatile("" ::: "memory");
-#pragma unroll
+#pragma unroll kUnroll
     for (int step = 0; step < kBlockK; ++step) {
       Sum left[kThreadM], right[kThreadN];
 #pragma unroll

@@ -17,9 +17,10 @@ PUBLIC = (
     "linear_cross_entropy_vjp",
     "token_statistics",
 )
-# Every framework runs every property, each with a share of the profile's examples: a call and its
-# copies to and from the device take longer than NumPy takes for such small problems.
-EXAMPLES = max(settings().max_examples // 8, 20)
+# Every framework runs every property, each with a share of the small profile's examples: a call and
+# its copies to and from the device take longer than NumPy takes for such small problems.
+_PROFILE = settings().max_examples
+EXAMPLES = _PROFILE if _PROFILE >= 1000 else max(_PROFILE // 8, 20)
 
 
 def load_suite(module, road, leave_out=()):

@@ -23,6 +23,7 @@ from tolerances import (
 )
 
 import cce_cupy
+from cce_cupy.plan import make_gpu_plan
 
 each = pytest.fixture(params=FRAMEWORKS)(lambda request: FRAMEWORKS[request.param])
 
@@ -589,6 +590,32 @@ def test_workspace_bytes_changes_no_more_than_roundings(each, dtype, filtering):
             gradients, found[0][1], tolerances.gradients(), strict=True
         ):
             assert_within(values, first, 2 * bound, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "filtering", [UNFILTERED, FILTERS[2], FILTERS[2] | {"filter_e_grad": False}]
+)
+def test_column_ranges_change_no_bit(monkeypatch, each, dtype, filtering):
+    """Each sum goes on where the range before ended; only parts of the rows start new ones."""
+    plans = []
+
+    def spy(*given):
+        plans.append(make_gpu_plan(*given))
+        return plans[-1]
+
+    monkeypatch.setattr("cce_cupy.frameworks.gpu.make_gpu_plan", spy)
+    case = problem(n=300, v=20000, d=40, dtype=dtype, label_smoothing=0.1)
+    arguments = sent(each, case)
+    found = []
+    for size in (2**23, 2**24, 2**27):
+        results = cce_cupy.linear_cross_entropy_value_and_grad(
+            **arguments, **filtering, workspace_bytes=size
+        )
+        found.append(bits(each, results))
+    assert len({plan.range_columns for plan in plans}) == 3
+    assert {plan.part_tiles for plan in plans} == {3}
+    assert found[1:] == found[:-1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
