@@ -31,8 +31,29 @@ KERNELS = {
         "weighted_rows",
         "sum_rows",
     ),
+    "sm90/forward.cu": (
+        "target_logits",
+        "forward_pairs",
+        "forward_single",
+        "forward_statistics",
+        "merge_units",
+    ),
 }
 """The kernels of each source file."""
+
+SHARED_BYTES = {
+    "forward_pairs": 223_232,
+    "forward_single": 223_232,
+    "forward_statistics": 223_232,
+}
+"""Shared memory of kernels that take more than a launch gives them unasked."""
+
+
+def serves(file: str, dtype: str, capability: tuple[int, int]) -> bool:
+    """Tell whether a source file is compiled for a dtype and compute capability."""
+    if file.startswith("sm90/"):
+        return capability == (9, 0) and dtype in ("float16", "bfloat16")
+    return True
 
 
 def sources_root() -> Path:
@@ -62,9 +83,15 @@ def sources_hash() -> str:
 
 
 def compile_options(file: str, dtype: str) -> tuple[str, ...]:
-    """Return the options of NVRTC for a source file and dtype, the architecture left out."""
+    """Return the options of NVRTC for a source file and dtype.
+
+    CuPy adds the architecture of the device, where they name none.
+    """
     root = sources_root()
+    # The matrix unit is not part of plain sm_90; this stands against CuPy's own choice, which is.
+    target = ("-arch=sm_90a",) if file.startswith("sm90/") else ()
     return (
+        *target,
         "-std=c++17",
         f"-DCCE_DTYPE={DTYPES[dtype]}",
         f"-DCCE_SOURCES=0x{sources_hash()}",
@@ -133,6 +160,8 @@ def kernel(device: int, file: str, name: str, dtype: str) -> Any:
                 function = module.get_function(name)
                 # Resolving an attribute loads the kernel, which a graph capture must not do.
                 _ = function.num_regs
+                if name in SHARED_BYTES:
+                    function.max_dynamic_shared_size_bytes = SHARED_BYTES[name]
             except cupy.cuda.compiler.CompileException as error:
                 raise KernelError(f"{file} did not compile for {dtype}:\n{error}") from error
             except RuntimeError as error:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .compiler import import_cupy, kernel
-from .plan import ITEMSIZE, MARGIN, ROW_TILE, GpuPlan, Sweep
+from .compiler import SHARED_BYTES, import_cupy, kernel
+from .plan import ITEMSIZE, MARGIN, ROW_TILE, TILE_COLUMNS, GpuPlan, HopperForward, Sweep
 from .problem import Problem
+from .tensor_map import tensor_map
 
 _BLOCK = 128
 """kBlockM and kBlockN of kernels_cu/portable/product.cuh."""
@@ -46,6 +47,20 @@ _WEIGHTS = _struct(of_class=_POINTER, of_token=_POINTER, smoothing_total=_POINTE
 _LISTS = _struct(column=_POINTER, before=_POINTER, width=_INT32)
 _ROW_FACTORS = _struct(softmax=_POINTER, onehot=_POINTER, smoothing=_POINTER)
 _RECORDS = _struct(dz=_POINTER, column=_POINTER)
+_UNIT_FIELDS = ("reference", "rest", "smoothed", "weighted", "best", "argmax")
+_UNIT_SUMS = _struct(**dict.fromkeys(_UNIT_FIELDS, _POINTER))
+_FORWARD_ARGUMENTS = _struct(
+    e=_MATRIX, map=_ROW_MAP, bias=_POINTER, smoothing=_POINTER, dim=_INT64, vocab=_INT64,
+    options=_LOGIT_OPTIONS, filter=_FILTER, unit_tiles=_INT32, group=_INT32, own=_POINTER,
+    bound=_POINTER, target_logit=_POINTER, out=_UNIT_SUMS, capacity=_INT64, bits=_POINTER,
+    words=_INT64,
+)  # fmt: skip
+_MERGE_ROWS = 32
+_DEPTH = 64
+"""kTileK of kernels_cu/sm90/tile.cuh."""
+
+_FORWARD_THREADS = 384
+"""kThreads of kernels_cu/sm90/forward.cu."""
 
 
 def _pack(layout: np.dtype[Any], *values: Any) -> np.ndarray[Any, Any]:
@@ -64,11 +79,16 @@ def _as_int64(value: int) -> tuple[np.int64, np.int32]:
 
 
 class DeviceMatrix(NamedTuple):
-    """Rows in device memory, `stride` elements apart; aligned: in whole groups of four."""
+    """Rows in device memory, `stride` elements apart.
+
+    ``aligned``: in whole groups of four elements; ``in_words``: each starts at a multiple of 16
+    bytes.
+    """
 
     pointer: int
     stride: int
     aligned: bool
+    in_words: bool
 
 
 class DeviceInputs(NamedTuple):
@@ -172,9 +192,10 @@ class Launcher:
         """Launch a kernel; a grid without blocks is no launch."""
         if 0 in grid:
             return
-        function = kernel(self.device, f"portable/{file}.cu", name, self.problem.dtype)
+        function = kernel(self.device, f"{file}.cu", name, self.problem.dtype)
+        shared = SHARED_BYTES.get(name, 0)
         with self.context:
-            function(grid, block, arguments, stream=self.stream)
+            function(grid, block, arguments, shared_mem=shared, stream=self.stream)
 
     def map_rows(self) -> None:
         """Find the rows that count, the classes' weights, and zero what only some rows write."""
@@ -184,7 +205,7 @@ class Launcher:
         )
         length = problem.batch_shape[-1] if problem.batch_shape else 1
         self.launch(
-            "tokens", "map_rows", (1,), (_WALKERS,),
+            "portable/tokens", "map_rows", (1,), (_WALKERS,),
             targets, np.int64(problem.tokens), np.int64(max(length, 1)), np.int64(problem.shift),
             *_as_int64(problem.ignore_index), np.int64(problem.vocab),
             np.int32(problem.seed is not None), np.uint64(problem.seed or 0),
@@ -193,7 +214,7 @@ class Launcher:
         )  # fmt: skip
         if plan.smooths:
             self.launch(
-                "tokens", "smoothing_weights", (1,), (_WALKERS,),
+                "portable/tokens", "smoothing_weights", (1,), (_WALKERS,),
                 np.uint64(self.inputs.bias), np.uint64(self.inputs.class_weight),
                 np.int64(problem.vocab), np.float64(problem.label_smoothing),
                 np.uint64(room["smoothing"]), np.uint64(room["smoothing_total"]),
@@ -203,23 +224,26 @@ class Launcher:
         """Set 8-byte words of workspace."""
         blocks = min(-(-nbytes // 8 // _THREADS), 1024)
         self.launch(
-            "tokens", "fill_integers", (blocks,), (_THREADS,),
+            "portable/tokens", "fill_integers", (blocks,), (_THREADS,),
             np.uint64(pointer), np.int64(nbytes // 8), np.int64(value),
         )  # fmt: skip
 
     def forward(self, *, bits: int, statistics: bool) -> None:
         """Visit every logit; leave the segments' sums, and the bits where asked for."""
+        if self.plan.hopper is not None:
+            self._forward_on_hopper(self.plan.hopper, bits=bits, statistics=statistics)
+            return
         problem, plan, room = self.problem, self.plan, self.room
         dim, vocab = np.int64(problem.dim), np.int64(problem.vocab)
         self.launch(
-            "forward", "first_bound", (plan.tiles,), (_PRODUCT_THREADS,),
+            "portable/forward", "first_bound", (plan.tiles,), (_PRODUCT_THREADS,),
             self.e, self.c, np.uint64(self.inputs.bias), dim, self.logit_options, self.map,
             np.uint64(room["bound"]), np.uint64(room["own"]),
         )  # fmt: skip
         sums = [room[f"segment_{name}"] for name in _SEGMENT_FIELDS[:4]]
         sums += [room[f"segment_{name}"] if statistics else 0 for name in _SEGMENT_FIELDS[4:]]
         self.launch(
-            "forward", "forward_statistics" if statistics else "forward",
+            "portable/forward", "forward_statistics" if statistics else "forward",
             (plan.tiles, plan.segments), (_PRODUCT_THREADS,),
             self.e, self.c, np.uint64(self.inputs.bias),
             np.uint64(room["smoothing"] if plan.smooths else 0), dim, vocab,
@@ -227,6 +251,47 @@ class Launcher:
             self.filter(), self.map, np.uint64(room["bound"]), np.uint64(room["own"]),
             _pack(_SEGMENT_SUMS, *sums),
             np.uint64(bits), np.int64(plan.words),
+        )  # fmt: skip
+
+    def _forward_on_hopper(self, cut: HopperForward, *, bits: int, statistics: bool) -> None:
+        problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
+        dim, bias, own = np.int64(problem.dim), np.uint64(inputs.bias), np.uint64(room["own"])
+        bound, target_logit = np.uint64(room["bound"]), np.uint64(room["segment_target_logit"])
+        if bits:
+            self.fill_words(bits, plan.saved["bits"] + 4)
+        self.launch(
+            "sm90/forward", "target_logits", (-(-plan.capacity * 32 // _THREADS),), (_THREADS,),
+            self.e, self.c, bias, dim, self.logit_options, self.map, own, bound, target_logit,
+        )  # fmt: skip
+        asked = {"reference", "rest"}
+        asked |= {"smoothed"} if plan.smooths else set()
+        asked |= {"weighted", "best", "argmax"} if statistics else set()
+        units = tuple(room[f"unit_{name}"] if name in asked else 0 for name in _UNIT_FIELDS)
+        name = "forward_statistics" if statistics else cut.kernel
+        cluster = 1 if name == "forward_single" else 2
+        # Pairs need an even number of blocks.
+        blocks = -(-cut.blocks // cluster) * cluster
+        box = ROW_TILE, _DEPTH
+        e_map = tensor_map(
+            inputs.e.pointer, (problem.tokens, problem.dim), inputs.e.stride, problem.dtype, box
+        )
+        box = TILE_COLUMNS // cluster, _DEPTH
+        c_map = tensor_map(
+            inputs.c.pointer, (problem.vocab, problem.dim), inputs.c.stride, problem.dtype, box
+        )
+        arguments = _pack(
+            _FORWARD_ARGUMENTS, self.e, self.map, inputs.bias,
+            room["smoothing"] if plan.smooths else 0, problem.dim, problem.vocab,
+            self.logit_options, self.filter(), cut.unit_tiles, cut.group, own, bound, target_logit,
+            units, plan.capacity, bits, plan.words,
+        )  # fmt: skip
+        self.launch("sm90/forward", name, (blocks,), (_FORWARD_THREADS,), e_map, c_map, arguments)
+        sums = [room[f"segment_{name}"] for name in ("reference", "rest", "smoothed")]
+        sums += [room[f"segment_{name}"] if statistics else 0 for name in _SEGMENT_FIELDS[4:]]
+        self.launch(
+            "sm90/forward", "merge_units", (-(-plan.capacity // _MERGE_ROWS),), (_MERGE_ROWS, 16),
+            self.map, _pack(_UNIT_SUMS, *units), np.int64(cut.parts), np.int64(plan.capacity),
+            target_logit, *(np.uint64(at) for at in sums),
         )  # fmt: skip
 
     def filter(self) -> np.ndarray[Any, Any]:
@@ -253,14 +318,14 @@ class Launcher:
         sums += [room[f"segment_{name}"] if statistics else 0 for name in _SEGMENT_FIELDS[4:]]
         parts = _pack(_SEGMENTS, *sums, plan.segments if problem.vocab else 0, plan.capacity)
         self.launch(
-            "tokens", "finish_rows", (-(-plan.capacity // _THREADS),), (_THREADS,),
+            "portable/tokens", "finish_rows", (-(-plan.capacity // _THREADS),), (_THREADS,),
             self.map, parts, self.loss_options, self.weights,
             np.uint64(room["row_loss"]), np.uint64(room["row_lse"]),
             np.uint64(loss if by_token else 0),
             *(np.uint64(p) for p in (lse, log_prob, entropy, argmax, unbounded)),
         )  # fmt: skip
         self.launch(
-            "tokens", "reduce_loss", (1,), (_WALKERS,),
+            "portable/tokens", "reduce_loss", (1,), (_WALKERS,),
             self.map, self.weights, np.int32(problem.reduction == "mean"),
             np.uint64(room["row_loss"]), np.uint64(room["normalizer"]),
             np.uint64(0 if by_token else loss),
@@ -281,7 +346,7 @@ class Launcher:
         """Form the gradients, one range of columns at a time."""
         problem, plan, room = self.problem, self.plan, self.room
         self.launch(
-            "tokens", "row_factors", (-(-plan.capacity // _THREADS),), (_THREADS,),
+            "portable/tokens", "row_factors", (-(-plan.capacity // _THREADS),), (_THREADS,),
             self.map, self.loss_options, self.weights, np.uint64(self.inputs.bias),
             *(np.uint64(room[name]) for name in ("normalizer", "row_lse")),
             np.uint64(dloss), np.int32(problem.reduction == "none"), np.uint64(dlse),
@@ -315,17 +380,17 @@ class Launcher:
         dim = np.int64(problem.dim)
         grid = (-(-problem.dim // 32), plan.smoothing_parts)
         self.launch(
-            "backward", "weighted_rows", grid, (32, 8),
+            "portable/backward", "weighted_rows", grid, (32, 8),
             self.c, np.int64(problem.vocab), dim, self.no_map, np.uint64(room["smoothing"]),
             np.uint64(room["smoothing_classifier"]),
         )  # fmt: skip
         self.launch(
-            "backward", "weighted_rows", grid, (32, 8),
+            "portable/backward", "weighted_rows", grid, (32, 8),
             self.e, np.int64(0), dim, self.map, np.uint64(room["factor_smoothing"]),
             np.uint64(room["smoothing_embedding"]),
         )  # fmt: skip
         self.launch(
-            "backward", "sum_rows", (1,), (_PRODUCT_THREADS,),
+            "portable/backward", "sum_rows", (1,), (_PRODUCT_THREADS,),
             self.map, np.uint64(room["factor_smoothing"]), np.uint64(room["smoothing_rows"]),
         )  # fmt: skip
 
@@ -347,13 +412,13 @@ class Launcher:
         first_tile, left, right = (np.int64(x) for x in (part.first_tile, part.left, part.right))
         filter_ = self.filter() if sweep.filtered else _pack(_FILTER, 0.0, 1.0, 0)
         self.launch(
-            "backward", "list_columns", (tiles,), (_PRODUCT_THREADS,),
+            "portable/backward", "list_columns", (tiles,), (_PRODUCT_THREADS,),
             self.map, np.uint64(outputs.bits if sweep.filtered else 0), np.int64(plan.words),
             np.uint64(outputs.unbounded), first_tile, left, right, lists,
         )  # fmt: skip
         counts = sweep.filtered and (sweep.c or not problem.filter_c_grad)
         self.launch(
-            "backward", "dlogits", (tiles, width // _BLOCK), (_PRODUCT_THREADS,),
+            "portable/backward", "dlogits", (tiles, width // _BLOCK), (_PRODUCT_THREADS,),
             self.e, self.c, np.uint64(inputs.bias), dim, first_tile, left, self.logit_options,
             filter_, self.map, lists, np.uint64(room["row_lse"]), factors,
             np.uint64(0 if rank_one else smoothing), records,
@@ -365,7 +430,7 @@ class Launcher:
             row = part.first_tile * ROW_TILE if sweep.c else 0
             sums = room["de_sums"] + row * problem.dim * ITEMSIZE[problem.accumulator]
             self.launch(
-                "backward", "dembedding", (tiles, d_blocks), (_PRODUCT_THREADS,),
+                "portable/backward", "dembedding", (tiles, d_blocks), (_PRODUCT_THREADS,),
                 self.c, np.uint64(inputs.bias), dim, first_tile, left, scale, self.map, lists,
                 records, np.uint64(room["factor_smoothing"]),
                 np.uint64(room["smoothing_classifier"] if rank_one else 0), parts,
@@ -375,7 +440,7 @@ class Launcher:
         if sweep.c:
             grid = (width // _BLOCK, max(d_blocks, 1))
             self.launch(
-                "backward", "dclassifier", grid, (_PRODUCT_THREADS,),
+                "portable/backward", "dclassifier", grid, (_PRODUCT_THREADS,),
                 self.e, dim, left, right, scale, self.map, lists, records,
                 first_tile, np.int64(part.last_tile), np.uint64(smoothing),
                 np.uint64(room["smoothing_embedding"] if rank_one else 0), parts,

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cce_cupy.commands.progress import WorkProgress
-from cce_cupy.compiler import DTYPES, KERNELS, compile_options, sources_root
+from cce_cupy.compiler import DTYPES, KERNELS, compile_options, serves, sources_root
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
 PROCESSES = 2
@@ -70,7 +70,13 @@ def units(
 ) -> list[Unit]:
     """Return the compilations, the long ones first."""
     sized = sorted(KERNELS, key=lambda file: -(sources_root() / file).stat().st_size)
-    return [Unit(file, dtype, arch) for file in sized for dtype in dtypes for arch in archs]
+    every = [Unit(file, dtype, arch) for file in sized for dtype in dtypes for arch in archs]
+    return [unit for unit in every if serves(unit.file, unit.dtype, _capability(unit.arch))]
+
+
+def _capability(arch: str) -> tuple[int, int]:
+    number = int(re.sub(r"\D", "", arch))
+    return number // 10, number % 10
 
 
 def compile_unit(unit: Unit) -> Report:

@@ -142,7 +142,11 @@ class StubCupy(SimpleNamespace):
 
         runtime = SimpleNamespace(
             getDeviceCount=count,
-            getDeviceProperties=lambda device: {"name": b"NVIDIA Stub"},
+            getDeviceProperties=lambda device: {
+                "name": b"NVIDIA Stub",
+                "major": 9 - device,
+                "minor": 0,
+            },
             CUDARuntimeError=CUDARuntimeError,
         )
         super().__init__(
@@ -255,6 +259,7 @@ def test_warmup_loads_every_kernel_of_the_dtypes(
         for device in range(2)
         for file, names in compiler.KERNELS.items()
         for name in names
+        if device == 0 or not file.startswith("sm90/")
     }
     shown = capsys.readouterr().out
     assert "cuda:0, NVIDIA Stub" in shown

@@ -6,8 +6,18 @@ import dataclasses
 
 import pytest
 
-from cce_cupy.plan import COLUMN_CHUNK, LARGEST_AUTO_EPS, ROW_TILE, Sweep, make_gpu_plan, make_plan
+from cce_cupy.plan import (
+    COLUMN_CHUNK,
+    LARGEST_AUTO_EPS,
+    ROW_TILE,
+    GpuDevice,
+    Sweep,
+    make_gpu_plan,
+    make_plan,
+)
 from cce_cupy.problem import ArraySpec, Options, Problem
+
+H100 = GpuDevice(132, (9, 0))
 
 
 def problem(tokens: int = 1024, dim: int = 64, vocab: int = 65536, dtype="float32", **options):
@@ -116,7 +126,7 @@ def test_gpu_workspace_is_kept():
         for dim in (1, 640, 4096):
             for vocab in (1, 49152, 262144):
                 for given in (2**25, None, 2**28):
-                    plan = make_gpu_plan(problem(tokens, dim, vocab, workspace_bytes=given), 132)
+                    plan = make_gpu_plan(problem(tokens, dim, vocab, workspace_bytes=given), H100)
                     per_token = ("factor_softmax", "factor_onehot", "factor_smoothing")
                     taken = sum(n for name, n in plan.backward.items() if name not in per_token)
                     assert taken <= (given or 2**27) + 2**10, (tokens, dim, vocab, given)
@@ -127,7 +137,7 @@ def test_gpu_workspace_is_kept():
 
 def test_gpu_backward_of_usual_sizes_is_one_sweep_in_wide_ranges():
     for dim, vocab in ((2304, 256000), (4096, 131072), (640, 262144)):
-        plan = make_gpu_plan(problem(8192, dim, vocab, "bfloat16", workspace_bytes=2**28), 132)
+        plan = make_gpu_plan(problem(8192, dim, vocab, "bfloat16", workspace_bytes=2**28), H100)
         assert plan.part_tiles == plan.tiles == 64
         assert plan.range_columns >= 1024
         assert len(plan.sweeps) == 1
@@ -135,16 +145,16 @@ def test_gpu_backward_of_usual_sizes_is_one_sweep_in_wide_ranges():
 
 def test_gpu_workspace_that_cannot_suffice_is_refused():
     with pytest.raises(ValueError, match="workspace_bytes must be at least") as caught:
-        make_gpu_plan(problem(workspace_bytes=1), 132)
+        make_gpu_plan(problem(workspace_bytes=1), H100)
     least = int(str(caught.value).split("at least ")[1].split()[0])
-    make_gpu_plan(problem(workspace_bytes=least), 132)
+    make_gpu_plan(problem(workspace_bytes=least), H100)
     with pytest.raises(ValueError, match=str(least)):
-        make_gpu_plan(problem(workspace_bytes=least - 1), 132)
+        make_gpu_plan(problem(workspace_bytes=least - 1), H100)
 
 
 @pytest.mark.parametrize("tiles", [1, 7, 32, 64, 100, 132])
 def test_gpu_segments_fill_the_device(tiles):
-    plan = make_gpu_plan(problem(128 * tiles, 64, 262144), 132)
+    plan = make_gpu_plan(problem(128 * tiles, 64, 262144), H100)
     blocks = tiles * plan.segments
     waves = -(-blocks // 264)
     assert blocks / (264 * waves) >= 0.85
@@ -153,7 +163,7 @@ def test_gpu_segments_fill_the_device(tiles):
 @pytest.mark.parametrize("tiles", [200, 300, 5000])
 def test_gpu_segments_of_many_rows_are_few(tiles):
     """Each takes sums of its own for every row."""
-    assert make_gpu_plan(problem(128 * tiles, 64, 262144), 132).segments <= 2
+    assert make_gpu_plan(problem(128 * tiles, 64, 262144), H100).segments <= 2
 
 
 @pytest.mark.parametrize(

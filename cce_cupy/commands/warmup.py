@@ -12,7 +12,7 @@ from types import ModuleType
 from rich.console import Console
 from rich.table import Table
 
-from ..compiler import DTYPES, KERNELS, KernelError, import_cupy, kernel
+from ..compiler import DTYPES, KERNELS, KernelError, import_cupy, kernel, serves
 from .progress import WorkProgress
 
 Seconds = dict[tuple[str, str], float]
@@ -65,15 +65,19 @@ def load(device: int, dtypes: Sequence[str], quiet: bool = False) -> Seconds:
         Whether to show no progress.
     """
     seconds: Seconds = {}
+    properties = import_cupy().cuda.runtime.getDeviceProperties(device)
+    capability = properties["major"], properties["minor"]
     with WorkProgress(Console(stderr=True, quiet=quiet)) as progress:
-        progress.start(f"kernels for cuda:{device}", len(dtypes) * len(KERNELS))
-        for dtype in dtypes:
-            for file, names in KERNELS.items():
-                progress.update(len(seconds), f"{file} {dtype}")
-                started = time.perf_counter()
-                for name in names:
-                    kernel(device, file, name, dtype)
-                seconds[file, dtype] = time.perf_counter() - started
+        needed = [
+            (file, dtype) for dtype in dtypes for file in KERNELS if serves(file, dtype, capability)
+        ]
+        progress.start(f"kernels for cuda:{device}", len(needed))
+        for file, dtype in needed:
+            progress.update(len(seconds), f"{file} {dtype}")
+            started = time.perf_counter()
+            for name in KERNELS[file]:
+                kernel(device, file, name, dtype)
+            seconds[file, dtype] = time.perf_counter() - started
         progress.update(len(seconds))
     return seconds
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from ..compiler import import_cupy
+from ..plan import GpuDevice
 from ..problem import ArraySpec
 from .framework import Framework
 from .gpu import DeviceView
@@ -73,9 +75,9 @@ class CupyMemory:
                 array.fill(value)
         return array
 
-    def processors(self) -> int:
-        """Return the number of multiprocessors of the device."""
-        return int(self._cupy.cuda.Device(self.device).attributes["MultiProcessorCount"])
+    def hardware(self) -> GpuDevice:
+        """Return what the device is."""
+        return _hardware(self.device)
 
     def read_integer(self, array: Any, index: int) -> int:
         """Return one element, waiting for it."""
@@ -87,3 +89,11 @@ class CupyMemory:
 
     def outlives(self, array: Any) -> None:
         """Do nothing: in CuPy whoever uses several streams orders their use of memory."""
+
+
+@functools.cache
+def _hardware(device: int) -> GpuDevice:
+    # Each look at the attributes asks the driver for all of them.
+    found = import_cupy().cuda.Device(device).attributes
+    capability = found["ComputeCapabilityMajor"], found["ComputeCapabilityMinor"]
+    return GpuDevice(found["MultiProcessorCount"], capability)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from ..launcher import DeviceInputs, DeviceMatrix, Launcher
-from ..plan import ITEMSIZE, GpuPlan, Room, lay_out, make_gpu_plan
+from ..plan import ITEMSIZE, GpuDevice, GpuPlan, Room, lay_out, make_gpu_plan
 from ..problem import INTEGER_DTYPES, Problem
 
 
@@ -36,8 +36,8 @@ class DeviceMemory(Protocol):
     def full(self, shape: tuple[int, ...], dtype: str, value: float | None) -> Any:
         """Return a new array; uninitialised where value is None."""
 
-    def processors(self) -> int:
-        """Return the number of multiprocessors of the device."""
+    def hardware(self) -> GpuDevice:
+        """Return what the device is."""
 
     def read_integer(self, array: Any, index: int) -> int:
         """Return one element of an int64 array, waiting for it."""
@@ -116,15 +116,18 @@ class GpuCall:
 
     def __init__(self, memory: DeviceMemory, problem: Problem, arrays: Mapping[str, Any]) -> None:
         self.memory, self.problem = memory, problem
-        self.plan: GpuPlan = make_gpu_plan(problem, memory.processors())
         self.held: list[Any] = []
         self.inputs = self._inputs(arrays)
+        aligned = self.inputs.e.in_words and self.inputs.c.in_words
+        self.plan: GpuPlan = make_gpu_plan(problem, memory.hardware(), aligned=aligned)
         self.saved = _Space(memory, self.plan.saved)
 
     def run_forward(self, *, keep_columns: bool, outputs: Mapping[str, Any]) -> None:
         """Compute the outputs: arrays by the names that `Launcher.finish` gives them."""
         filtered = keep_columns and self.plan.gradient_filter is not None
-        room = _Space(self.memory, self.plan.forward)
+        statistics = "argmax" in outputs
+        pieces = self.plan.forward | (self.plan.statistics if statistics else {})
+        room = _Space(self.memory, pieces)
         launcher = self._launcher(self.memory, room)
         addresses = {name: self.memory.view(array).pointer for name, array in outputs.items()}
         saved = self.saved.addresses
@@ -132,7 +135,7 @@ class GpuCall:
         launcher.map_rows()
         if self.problem.check_targets:
             self._check_targets()
-        launcher.forward(bits=saved["bits"] if filtered else 0, statistics="argmax" in outputs)
+        launcher.forward(bits=saved["bits"] if filtered else 0, statistics=statistics)
         launcher.finish(**addresses, unbounded=saved["unbounded"])
 
     def pullback(
@@ -221,7 +224,9 @@ class GpuCall:
             stride = self.problem.dim
         group = 4 * ITEMSIZE[self.problem.dtype]
         aligned = view.pointer % group == 0 and stride % 4 == 0 and self.problem.dim % 4 == 0
-        return DeviceMatrix(view.pointer, stride, aligned)
+        row_bytes = stride * ITEMSIZE[self.problem.dtype]
+        in_words = view.pointer % 16 == 0 and row_bytes % 16 == 0 and stride >= self.problem.dim
+        return DeviceMatrix(view.pointer, stride, aligned, in_words)
 
 
 def _row_stride(view: DeviceView) -> int | None:

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from ..plan import GpuDevice
 from ..problem import ArraySpec
 from .framework import Array, Framework
 from .gpu import DeviceView
@@ -92,9 +93,10 @@ class TorchMemory:
             return torch.empty(shape, dtype=chosen, device=self._device)
         return torch.full(shape, value, dtype=chosen, device=self._device)
 
-    def processors(self) -> int:
-        """Return the number of multiprocessors of the device."""
-        return int(torch.cuda.get_device_properties(self._device).multi_processor_count)
+    def hardware(self) -> GpuDevice:
+        """Return what the device is."""
+        properties = torch.cuda.get_device_properties(self._device)
+        return GpuDevice(properties.multi_processor_count, (properties.major, properties.minor))
 
     def read_integer(self, array: Any, index: int) -> int:
         """Return one element, waiting for it."""

@@ -3,7 +3,8 @@
 Pure arithmetic: no array is touched and no GPU is needed to make or to test a plan.
 """
 
-from .gpu import GpuPlan, Room, lay_out, make_gpu_plan
+from .gpu import GpuDevice, GpuPlan, Room, lay_out, make_gpu_plan
+from .hopper import TILE_COLUMNS, HopperForward
 from .host import Plan, make_plan
 from .shared import COLUMN_CHUNK, ITEMSIZE, LARGEST_AUTO_EPS, MARGIN, ROW_TILE, Sweep
 
@@ -13,7 +14,10 @@ __all__ = [
     "LARGEST_AUTO_EPS",
     "MARGIN",
     "ROW_TILE",
+    "TILE_COLUMNS",
+    "GpuDevice",
     "GpuPlan",
+    "HopperForward",
     "Plan",
     "Room",
     "Sweep",

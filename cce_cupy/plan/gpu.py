@@ -1,10 +1,12 @@
-"""The plan of the portable kernels of a GPU."""
+"""The plan of a GPU's kernels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..problem import Problem
+from .hopper import HopperForward, plan_hopper_forward, refuse_hopper
 from .shared import (
     COLUMN_CHUNK,
     DEFAULT_WORKSPACE_BYTES,
@@ -28,11 +30,17 @@ _SMOOTHING_PARTS = 64
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """How a problem will be computed by the portable kernels.
+    """How a problem will be computed on a GPU.
 
     Attributes
     ----------
     tier : str
+        The family of kernels of the forward: ``"sm90"`` or ``"portable"``. The backward is
+        portable.
+    tier_reason : str
+        Why not a faster one; empty for the fastest.
+    hopper : HopperForward or None
+        How the forward of ``"sm90"`` is cut; it leaves sums of one segment.
     capacity : int
         Rows there is room for: all tokens, ignored ones included, since how many count is known
         on the device only.
@@ -52,12 +60,15 @@ class GpuPlan:
         Parts of the sums over all rows or columns that label smoothing takes.
     gradient_filter, filter_eps, filter_reason, sweeps
         As in `Plan`.
-    saved, forward, backward : dict of str to int
+    saved, forward, statistics, backward : dict of str to int
         Bytes of the pieces of workspace: those that a pullback refers to, and those that the
-        forward and the backward need while they run.
+        forward, with statistics also those of ``statistics``, and the backward need while they
+        run.
     """
 
     tier: str
+    tier_reason: str
+    hopper: HopperForward | None
     capacity: int
     tiles: int
     segments: int
@@ -73,17 +84,26 @@ class GpuPlan:
     sweeps: tuple[Sweep, ...]
     saved: Room
     forward: Room
+    statistics: Room
     backward: Room
 
 
-def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
-    """Plan a problem for the portable kernels of a GPU.
+class GpuDevice(NamedTuple):
+    """What a plan asks of a GPU: its multiprocessors and its compute capability."""
+
+    processors: int
+    capability: tuple[int, int]
+
+
+def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) -> GpuPlan:
+    """Plan a problem for a GPU.
 
     Parameters
     ----------
     problem : Problem
-    processors : int
-        Multiprocessors of the device.
+    device : GpuDevice
+    aligned : bool
+        Whether rows of e and c start at multiples of 16 bytes.
 
     Returns
     -------
@@ -102,7 +122,11 @@ def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
     rows, dim, vocab = problem.tokens, problem.dim, problem.vocab
     tiles = -(-rows // ROW_TILE)
     # Two blocks a multiprocessor run at a time, or one after the other: see kBlocks of product.cuh.
-    segments = _segments(max(tiles, 1), 2 * processors, vocab // (8 * _DENSE_BLOCK))
+    refusal = refuse_hopper(problem, device.capability, aligned)
+    hopper = None if refusal else plan_hopper_forward(problem, device.processors)
+    segments = 1
+    if hopper is None:
+        segments = _segments(max(tiles, 1), 2 * device.processors, vocab // (8 * _DENSE_BLOCK))
     segment_columns = whole(-(-vocab // segments), _DENSE_BLOCK)
     segments = max(1, -(-vocab // segment_columns))
     words = -(-vocab // COLUMN_CHUNK)
@@ -125,11 +149,18 @@ def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
         "segment_rest": 8 * per_segment,
         "segment_target_logit": sums * per_segment,
         "segment_smoothed": 8 * per_segment,
+    }
+    statistics = {
         "segment_total": 8 * per_segment,
         "segment_weighted": 8 * per_segment,
         "segment_best": sums * per_segment,
         "segment_argmax": 8 * per_segment,
     }
+    if hopper is not None:
+        per_unit = 4 * hopper.parts * rows
+        forward |= {"unit_reference": per_unit, "unit_rest": per_unit}
+        forward["unit_smoothed"] = per_unit if smooths else 0
+        statistics |= dict.fromkeys(("unit_weighted", "unit_best", "unit_argmax"), per_unit)
     cut = _cut_backward(problem, tiles, together=filtered_e == filtered_c)
     backward = {
         **dict.fromkeys(("factor_softmax", "factor_onehot", "factor_smoothing"), sums * rows),
@@ -140,7 +171,9 @@ def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
         **cut.room,
     }
     return GpuPlan(
-        tier="portable",
+        tier="portable" if hopper is None else "sm90",
+        tier_reason=refusal or "",
+        hopper=hopper,
         capacity=rows,
         tiles=tiles,
         segments=segments,
@@ -156,6 +189,7 @@ def make_gpu_plan(problem: Problem, processors: int) -> GpuPlan:
         sweeps=choose_sweeps(filtered_e, filtered_c, together=cut.together),
         saved=saved,
         forward=forward,
+        statistics=statistics,
         backward=backward,
     )
 

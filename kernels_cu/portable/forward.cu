@@ -4,7 +4,7 @@
 #include "../columns.cuh"
 #include "../logits.cuh"
 #include "product.cuh"
-#include "rows.cuh"
+#include "../rows.cuh"
 
 namespace cce {
 

@@ -3,7 +3,7 @@
 
 #include "../columns.cuh"
 #include "../number.cuh"
-#include "rows.cuh"
+#include "../rows.cuh"
 
 namespace cce {
 

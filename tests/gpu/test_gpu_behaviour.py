@@ -600,8 +600,8 @@ def test_column_ranges_change_no_bit(monkeypatch, each, dtype, filtering):
     """Each sum goes on where the range before ended; only parts of the rows start new ones."""
     plans = []
 
-    def spy(*given):
-        plans.append(make_gpu_plan(*given))
+    def spy(*given, **options):
+        plans.append(make_gpu_plan(*given, **options))
         return plans[-1]
 
     monkeypatch.setattr("cce_cupy.frameworks.gpu.make_gpu_plan", spy)

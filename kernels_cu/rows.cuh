@@ -2,7 +2,7 @@
 // makes it.
 #pragma once
 
-#include "../columns.cuh"
+#include "columns.cuh"
 
 namespace cce {
 
