@@ -35,6 +35,7 @@ KERNELS = {
         "target_logits",
         "forward_pairs",
         "forward_single",
+        "forward_options",
         "forward_statistics",
         "merge_units",
     ),
@@ -42,9 +43,10 @@ KERNELS = {
 """The kernels of each source file."""
 
 SHARED_BYTES = {
-    "forward_pairs": 223_232,
-    "forward_single": 223_232,
-    "forward_statistics": 223_232,
+    "forward_pairs": 226_304,
+    "forward_single": 226_304,
+    "forward_options": 226_304,
+    "forward_statistics": 226_304,
 }
 """Shared memory of kernels that take more than a launch gives them unasked."""
 

@@ -268,6 +268,10 @@ class Launcher:
         asked |= {"weighted", "best", "argmax"} if statistics else set()
         units = tuple(room[f"unit_{name}"] if name in asked else 0 for name in _UNIT_FIELDS)
         name = "forward_statistics" if statistics else cut.kernel
+        if not statistics and (
+            plan.smooths or inputs.bias or problem.logit_scale != 1.0 or problem.softcap is not None
+        ):
+            name = "forward_options"
         cluster = 1 if name == "forward_single" else 2
         # Pairs need an even number of blocks.
         blocks = -(-cut.blocks // cluster) * cluster

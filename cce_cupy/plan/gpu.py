@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -95,8 +96,9 @@ class GpuDevice(NamedTuple):
     capability: tuple[int, int]
 
 
+@functools.lru_cache(maxsize=256)
 def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) -> GpuPlan:
-    """Plan a problem for a GPU.
+    """Plan a problem for a GPU. Plans are kept: making one takes longer than a small forward.
 
     Parameters
     ----------

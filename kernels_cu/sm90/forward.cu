@@ -17,6 +17,7 @@ constexpr int kCopiers = 3;  // and that of the copying warp group
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLowest = -1e30f;   // reference of a row whose target has no finite logit
+constexpr float kMasked = -3e38f;    // a logit that counts for nothing, and that no input gives
 constexpr float kHighest = 1e30f;   // of a row that is not there; and sums beyond it are too large
 constexpr int kChunks = kTileN / kColumnChunk;
 constexpr int kSpansInChunk = kColumnChunk / 8;
@@ -34,10 +35,10 @@ struct RowState {
 struct Shared {
   Stage stage[kStages];
   RingBarriers<kStages> ring;
-  const Storage* row[kTileM];  // of e, where they do not follow each other
   RowState reference;          // exponents that the sums are relative to, in powers of two
   RowState rest;               // sums of this thread's columns
   RowState level;              // lower bounds of the rows' whole sums
+  RowState target;             // columns, as integers; -1 for none
   int unit[kConsumers * kGroupThreads];      // the one at hand, as each thread knows it,
   int row_tile[kConsumers * kGroupThreads];  // its rows,
   int part[kConsumers * kGroupThreads];      // where its sums go,
@@ -45,7 +46,7 @@ struct Shared {
 };
 
 // What the host must give a launch; a stage may have to move up to where its alignment is.
-static_assert(sizeof(Shared) + alignof(Stage) == 223232, "SHARED_BYTES of compiler.py");
+static_assert(sizeof(Shared) + alignof(Stage) == 226304, "SHARED_BYTES of compiler.py");
 
 // Partial sums of units: arrays of (2 * units across, capacity); null where not asked for.
 // Exponents count in powers of two.
@@ -205,16 +206,15 @@ using Block = float (&)[kSums];
 // takes registers that are not there. Past this it has finished with those before.
 __device__ __forceinline__ void one_by_one(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 
+// Whether logits are the products as they are.
+__device__ __forceinline__ bool is_plain(const ForwardArguments& call) {
+  return call.bias == nullptr && call.options.scale == 1.0 && call.options.softcap <= 0.0;
+}
+
 // Scale, bias and softcap in place. Only a removed entry becomes -inf.
 __device__ __forceinline__ void make_logits(Block z, const ForwardArguments& call, int left, int columns,
                                             int lane) {
   const float lowest = -static_cast<float>(infinity());
-  if (call.bias == nullptr && call.options.scale == 1.0 && call.options.softcap <= 0.0) {
-    float least = z[0];
-#pragma unroll
-    for (int i = 1; i < kSums; ++i) least = fminf(least, z[i]);
-    if (!__any_sync(~0u, least == lowest)) return;
-  }
   const float scale = static_cast<float>(call.options.scale);
 #pragma unroll
   for (int j = 0; j < kSpans; ++j)
@@ -274,7 +274,7 @@ __device__ __forceinline__ void take_all(Block z, const ForwardArguments& call, 
   if constexpr (kStatistics) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float best = lowest, poison = 0;
+    float best = kMasked, poison = 0;
     int argmax = 0;
 #pragma unroll
     for (int j = 0; j < kSpans; ++j)
@@ -314,16 +314,17 @@ __device__ __forceinline__ void take_all(Block z, const ForwardArguments& call, 
 }
 
 // Take the targets' logits out of a block: their sums go apart, so that a loss is never negative.
-__device__ __forceinline__ void take_targets(Block z, const ForwardArguments& call, int row,
-                                             int count, int left, uint32* words, int lane) {
+__device__ __forceinline__ void take_targets(Block z, Shared& shared, int m,
+                                             const ForwardArguments& call, int row, int left,
+                                             uint32* words, int lane) {
   int ahead[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int at = row + 8 * half;
-    const int target = at < count ? static_cast<int>(call.map.target[at]) : -1;
+    const int target = __float_as_int(shared.target.at(m, half));
     ahead[half] = target >= left && target < left + kTileN ? target - left : -1;
   }
-  if (!__any_sync(~0u, ahead[0] >= 0 || ahead[1] >= 0)) return;
+  if (__builtin_expect(!__any_sync(~0u, ahead[0] >= 0 || ahead[1] >= 0), 1)) return;
+  float found[2] = {kMasked, kMasked};
 #pragma unroll
   for (int j = 0; j < kSpans; ++j)
 #pragma unroll
@@ -331,13 +332,22 @@ __device__ __forceinline__ void take_targets(Block z, const ForwardArguments& ca
       const int x = SumPlace::column(lane, j, side);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (x != ahead[half]) continue;
         float& logit = z[SumPlace::index(j, half, side)];
-        call.target_logit[row + 8 * half] = logit;
-        logit = -static_cast<float>(infinity());
-        if (words != nullptr) atomicOr(words + x / kColumnChunk, 1u << (x % kColumnChunk));
+        one_by_one(logit);
+        if (x == ahead[half]) {
+          found[half] = logit;
+          logit = kMasked;
+        }
       }
     }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    // One of the quad's four has the column.
+    const int x = ahead[half];
+    if (x < 0 || x % 8 / 2 != lane % 4) continue;
+    call.target_logit[row + 8 * half] = found[half];
+    if (words != nullptr) atomicOr(words + x / kColumnChunk, 1u << (x % kColumnChunk));
+  }
 }
 
 // Mark the columns of the given chunks that hold a logit of at least a part of its row's sum.
@@ -368,8 +378,8 @@ __device__ __forceinline__ void mark_columns(Block z, uint32 chunks, const float
 // Add a block's exponentials to the rows' sums, and mark the columns to keep. Levels are lower bounds
 // of the rows' whole sums.
 __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_threshold,
-                                          uint32* words, int lane) {
-  float total[2] = {sums.rest[0], sums.rest[1]};
+                                          bool plain, uint32* words, int lane) {
+  float total[2] = {sums.rest[0], sums.rest[1]}, least_logit = 0;
   uint32 candidates = 0;
 #pragma unroll
   for (int w = 0; w < kChunks; ++w) {
@@ -378,12 +388,13 @@ __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_th
     for (int half = 0; half < 2; ++half) {
       float sum = 0;
 #pragma unroll
-      for (int j = kSpansInChunk * w; j < kSpansInChunk * (w + 1); ++j)
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-          const float logit = z[SumPlace::index(j, half, side)];
-          sum += power_of_two(fmaf(logit, kLog2E, -sums.reference[half]));
-        }
+      for (int j = kSpansInChunk * w; j < kSpansInChunk * (w + 1); ++j) {
+        const float a = z[SumPlace::index(j, half, 0)], b = z[SumPlace::index(j, half, 1)];
+        // Pairs first: a shorter chain of sums that wait for each other.
+        sum += power_of_two(fmaf(a, kLog2E, -sums.reference[half])) +
+               power_of_two(fmaf(b, kLog2E, -sums.reference[half]));
+        least_logit = fminf(least_logit, fminf(a, b));
+      }
       chunk[half] = sum;
       total[half] += sum;
     }
@@ -391,10 +402,18 @@ __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_th
     const float least = __shfl_sync(~0u, chunk_threshold, w);
     if (chunk[0] >= least * sums.level[0] || chunk[1] >= least * sums.level[1]) candidates |= 1u << w;
   }
+  if (plain && least_logit == -static_cast<float>(infinity())) {
+    // From an infinite input, whose row must come out as NaN.
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      one_by_one(z[i]);
+      if (z[i] == -static_cast<float>(infinity())) total[i / 2 % 2] = static_cast<float>(not_a_number());
+    }
+  }
   constexpr uint32 kTooLarge = 1u << 31;
   const bool fits = total[0] < kHighest && total[1] < kHighest;
   candidates = __reduce_or_sync(~0u, fits ? candidates : kTooLarge);
-  if (candidates >= kTooLarge) {
+  if (__builtin_expect(candidates >= kTooLarge, 0)) {
     // Again, relative to the largest so far.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -405,6 +424,7 @@ __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_th
       const float old = sums.reference[half];
       const float reference = fmaxf(old, quad_largest(most) * kLog2E);
       float sum = sums.rest[half] * power_of_two(old - reference);
+      if (total[half] != total[half]) sum = total[half];
 #pragma unroll
       for (int j = 0; j < kSpans; ++j)
 #pragma unroll
@@ -473,6 +493,11 @@ __device__ __forceinline__ void copy_tiles(Shared& shared, const TensorMap& e_ma
                                            const ForwardArguments& call, int count,
                                            const Order& order, uint32 rank) {
   constexpr int kShare = kTileN / kCluster;  // a block's share of the columns it copies for all
+  constexpr int kWordBytes = 16, kWordElements = kWordBytes / sizeof(Storage);
+  constexpr int kWordsOfRow = kTileK / kWordElements;
+  constexpr int kRowStep = kGroupThreads / kWordsOfRow;
+  constexpr int kRowsOfThread = kTileM / kRowStep;
+  static_assert(kRowStep % 8 == 0, "a thread's rows have one swizzle");
   const Matrix& e = call.e;
   const RowMap& map = call.map;
   const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
@@ -486,12 +511,18 @@ __device__ __forceinline__ void copy_tiles(Shared& shared, const TensorMap& e_ma
   for (int number = blockIdx.x / kCluster; number < units; number += gridDim.x / kCluster) {
     const Unit unit(order, number);
     const TileRows rows(map, count, unit.row_block * kCluster + rank);
+    // Of this thread's words: one of eight in each of eight rows, sixteen rows apart.
+    uint32 word_of_row[kRowsOfThread];
     if (!rows.follow) {
       // The others may come to it no earlier than the one who copied all before.
       named_sync<kCopiers, kGroupThreads>();
-      shared.row[thread] =
-          thread < rows.number ? e.row(map.source[rows.top + thread]) : nullptr;
-      named_sync<kCopiers, kGroupThreads>();
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        // Rows past the last count for nothing, whatever they hold.
+        const int row = min(thread / kWordsOfRow + i * kRowStep, rows.number - 1);
+        const int64 at = map.source[rows.top + row] * e.stride + thread % kWordsOfRow * kWordElements;
+        word_of_row[i] = static_cast<uint32>(at / kWordElements);
+      }
     } else if (thread != 0) {
       place.skip((unit.last - unit.first) * steps);
       continue;
@@ -518,18 +549,15 @@ __device__ __forceinline__ void copy_tiles(Shared& shared, const TensorMap& e_ma
           }
         }
         if (!rows.follow) {
-          constexpr int kWords = kTileK * sizeof(Storage) / 16;
-          const int word = thread % kWords;
-          const int at = step * kTileK + word * (kTileK / kWords);
+          const int word = thread % kWordsOfRow, row = thread / kWordsOfRow;
+          const uint32 to =
+              shared_address(stage.e) + (row * kWordsOfRow + (word ^ row % 8)) * kWordBytes;
+          const Storage* from = e.data + step * kTileK;
+          const uint32 bytes = step * kTileK + word * kWordElements < dim ? kWordBytes : 0;
 #pragma unroll
-          for (int i = 0; i < kTileM * kWords / kGroupThreads; ++i) {
-            const int r = thread / kWords + i * (kGroupThreads / kWords);
-            const Storage* row = shared.row[r];
-            const bool there = row != nullptr && at < dim;
-            const uint32 to = shared_address(stage.e) +
-                              (r * kWords + (word ^ (r % 8))) * 16;
-            copy_word(to, there ? row + at : e.data, there ? 16 : 0);
-          }
+          for (int i = 0; i < kRowsOfThread; ++i)
+            copy_word(to + i * kRowStep * kTileK * sizeof(Storage),
+                      from + static_cast<uint64>(word_of_row[i]) * kWordElements, bytes);
           arrive_after_words(full);
         }
       }
@@ -553,7 +581,7 @@ __device__ __forceinline__ void give_turn(int consumer) {
 }
 
 // A tile of logits: into the rows' sums, the bits, and what else is asked for.
-template <bool kStatistics>
+template <bool kPlain, bool kStatistics>
 __device__ __forceinline__ void finish_tile(float (&z)[kBlocksM][kSums], Shared& shared,
                                             const ForwardArguments& call, int count, int left) {
   const int row_tile = shared.row_tile[this_thread()], part = shared.part[this_thread()];
@@ -572,34 +600,35 @@ __device__ __forceinline__ void finish_tile(float (&z)[kBlocksM][kSums], Shared&
 #pragma unroll
   for (int m = 0; m < kBlocksM; ++m) {
     const int row = first_row(row_tile) + 64 * m;
-    make_logits(z[m], call, left, columns, lane);
-    if (columns < kTileN) {
+    const bool plain = kPlain || is_plain(call);
+    if (!plain) make_logits(z[m], call, left, columns, lane);
+    if (__builtin_expect(columns < kTileN, 0)) {
 #pragma unroll
       for (int j = 0; j < kSpans; ++j)
 #pragma unroll
         for (int side = 0; side < 2; ++side)
           if (SumPlace::column(lane, j, side) >= columns)
-            z[m][SumPlace::index(j, 0, side)] = z[m][SumPlace::index(j, 1, side)] =
-                -static_cast<float>(infinity());
+            z[m][SumPlace::index(j, 0, side)] = z[m][SumPlace::index(j, 1, side)] = kMasked;
     }
-    take_all<kStatistics>(z[m], call, row, count, left, columns, slot, first, lane);
-    take_targets(z[m], call, row, count, left, words, lane);
+    if (!kPlain) take_all<kStatistics>(z[m], call, row, count, left, columns, slot, first, lane);
+    take_targets(z[m], shared, m, call, row, left, words, lane);
     RowSums sums(shared, m);
-    add_block(z[m], sums, chunk_threshold, words, lane);
+    add_block(z[m], sums, chunk_threshold, plain, words, lane);
     if (kStatistics) add_weighted(z[m], sums, shared, m, call, row, count, slot, first, lane);
     sums.keep(shared, m);
-    if (words == nullptr) continue;
+    if (words != nullptr) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float seen = quad_sum(sums.rest[half]);
-      if (lane % 4 == 0 && row + 8 * half < count && seen > 1.002f * sums.level[half])
-        atomicMax(call.bound + row + 8 * half,
-                  ordered(sums.reference[half] + logarithm_to_two(seen)));
+      for (int half = 0; half < 2; ++half) {
+        const float seen = quad_sum(sums.rest[half]);
+        if (lane % 4 == 0 && row + 8 * half < count && seen > 1.002f * sums.level[half])
+          atomicMax(call.bound + row + 8 * half,
+                    ordered(sums.reference[half] + logarithm_to_two(seen)));
+      }
     }
   }
 }
 
-template <int kCluster, bool kStatistics>
+template <int kCluster, bool kPlain, bool kStatistics>
 __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments& call, int count,
                                           const Order& order) {
   const int steps = (static_cast<int>(call.dim) + kTileK - 1) / kTileK;
@@ -623,6 +652,8 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
         const float reference = row < count ? call.own[row] * kLog2E : kHighest;
         shared.reference.at(m, half) = reference < kLowest ? kLowest : reference;
         shared.rest.at(m, half) = 0;
+        shared.target.at(m, half) =
+            __int_as_float(row < count ? static_cast<int>(call.map.target[row]) : -1);
       }
     shared.first[this_thread()] = true;
     for (int tile = unit.first; tile < unit.last; ++tile) {
@@ -660,7 +691,7 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
       give_turn(1 - this_thread() / kGroupThreads);
       product_wait<0>();
       release<kCluster>(shared.ring.empty[done]);
-      finish_tile<kStatistics>(z, shared, call, count, tile * kTileN);
+      finish_tile<kPlain, kStatistics>(z, shared, call, count, tile * kTileN);
     }
     for (int m = 0; m < kBlocksM; ++m)
       for (int half = 0; half < 2; ++half) {
@@ -672,7 +703,7 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
         call.out.rest[slot + row] = rest;
         // A unit of one tile leaves one of the two without any.
         const bool first = shared.first[this_thread()];
-        if (first && call.smoothing != nullptr) call.out.smoothed[slot + row] = 0;
+        if (!kPlain && first && call.smoothing != nullptr) call.out.smoothed[slot + row] = 0;
         if (first && kStatistics) {
           call.out.weighted[slot + row] = 0;
           call.out.best[slot + row] = -static_cast<float>(infinity());
@@ -686,7 +717,7 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
 
 namespace cce {
 
-template <int kCluster, bool kStatistics>
+template <int kCluster, bool kPlain, bool kStatistics>
 __device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_map,
                                     const ForwardArguments& given) {
   extern __shared__ unsigned char memory[];
@@ -719,7 +750,7 @@ __device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_m
     copy_tiles<kCluster>(shared, e_map, c_map, given, count, order, rank);
   } else {
     take_registers<kSumRegisters>();
-    sum_tiles<kCluster, kStatistics>(shared, given, count, order);
+    sum_tiles<kCluster, kPlain, kStatistics>(shared, given, count, order);
   }
   // No block may leave while another still copies to it or hands stages back to it.
   if (kCluster > 1) {
@@ -732,18 +763,21 @@ __device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_m
 
 using namespace cce;
 
-#define CCE_FORWARD(name, cluster, statistics)                                              \
-  extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(kThreads, 1) \
+#define CCE_FORWARD(name, cluster, plain, statistics)                                        \
+  extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(kThreads, 1)  \
       name(const __grid_constant__ TensorMap e_map, const __grid_constant__ TensorMap c_map, \
-           const __grid_constant__ ForwardArguments given) {                                \
-    run<cluster, statistics>(e_map, c_map, given);                                          \
+           const __grid_constant__ ForwardArguments given) {                                 \
+    run<cluster, plain, statistics>(e_map, c_map, given);                                    \
   }
 
-// Grid: as many clusters as fit on the device. Pairs of blocks share the columns they copy.
-CCE_FORWARD(forward_pairs, 2, false)
+// Grid: as many clusters as fit on the device. Pairs of blocks share the columns they copy. Plain:
+// logits are the products as they are, and nothing but their sums is asked for; what else there can
+// be is so much code that it delays those who do not need it.
+CCE_FORWARD(forward_pairs, 2, true, false)
 // For up to one row tile: nobody to share with.
-CCE_FORWARD(forward_single, 1, false)
-CCE_FORWARD(forward_statistics, 2, true)
+CCE_FORWARD(forward_single, 1, true, false)
+CCE_FORWARD(forward_options, 2, false, false)
+CCE_FORWARD(forward_statistics, 2, false, true)
 
 // The logit of each row's target from a product of its own: what the row's sums are relative to, and
 // a first lower bound of its lse. One warp a row.
