@@ -11,6 +11,7 @@ from .commands.errors import CommandError
 from .problem import FLOAT_DTYPES, GRADIENT_FILTERS, REDUCTIONS, Options
 from .version import VERSION
 
+BENCH_CASES = ("gemma2-2b", "wide", "llama3-8b", "smollm2", "gemma3-like")
 SMALLEST_DEMO_VOCABULARY = 16384
 
 STATUS_IMPOSSIBLE = 2
@@ -59,6 +60,10 @@ def _run(parsed: argparse.Namespace) -> int:
         from .commands import warmup
 
         return warmup.run(parsed.dtype)
+    if parsed.command == "bench":
+        from .commands import bench
+
+        return bench.run(parsed.case, parsed.tokens)
     from .commands import loss
 
     options = Options(
@@ -106,6 +111,15 @@ def _parser() -> argparse.ArgumentParser:
         default=FLOAT_DTYPES,
         help="of the arrays to come (default: all)",
     )
+    bench = commands.add_parser(
+        "bench",
+        help="time the loss on this machine's GPU",
+        description="Time forward and gradients on a GPU against the vendor's product of the "
+        "same size, on random data whose softmax is peaked, and print the fraction of columns "
+        "that the gradient filter keeps of it. The product writes N x V logits of 2 bytes.",
+    )
+    bench.add_argument("--case", choices=BENCH_CASES, required=True, help="sizes to time")
+    bench.add_argument("--tokens", type=_at_least(1), help="N, instead of the case's own")
     return parser
 
 

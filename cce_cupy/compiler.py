@@ -42,13 +42,13 @@ KERNELS = {
 }
 """The kernels of each source file."""
 
-SHARED_BYTES = {
-    "forward_pairs": 226_304,
-    "forward_single": 226_304,
-    "forward_options": 226_304,
-    "forward_statistics": 226_304,
-}
-"""Shared memory of kernels that take more than a launch gives them unasked."""
+_HOPPER_SHARED_BYTES = 227_328
+
+
+def shared_bytes(file: str, name: str) -> int:
+    """Return the shared memory that a launch must ask for; 0 where a kernel declares its own."""
+    needs = file.startswith("sm90/") and name.startswith("forward_")
+    return _HOPPER_SHARED_BYTES if needs else 0
 
 
 def serves(file: str, dtype: str, capability: tuple[int, int]) -> bool:
@@ -162,8 +162,8 @@ def kernel(device: int, file: str, name: str, dtype: str) -> Any:
                 function = module.get_function(name)
                 # Resolving an attribute loads the kernel, which a graph capture must not do.
                 _ = function.num_regs
-                if name in SHARED_BYTES:
-                    function.max_dynamic_shared_size_bytes = SHARED_BYTES[name]
+                if shared := shared_bytes(file, name):
+                    function.max_dynamic_shared_size_bytes = shared
             except cupy.cuda.compiler.CompileException as error:
                 raise KernelError(f"{file} did not compile for {dtype}:\n{error}") from error
             except RuntimeError as error:

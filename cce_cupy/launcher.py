@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .compiler import SHARED_BYTES, import_cupy, kernel
+from .compiler import import_cupy, kernel, shared_bytes
 from .plan import ITEMSIZE, MARGIN, ROW_TILE, TILE_COLUMNS, GpuPlan, HopperForward, Sweep
 from .problem import Problem
 from .tensor_map import tensor_map
@@ -67,6 +67,13 @@ def _pack(layout: np.dtype[Any], *values: Any) -> np.ndarray[Any, Any]:
     packed = np.zeros((), layout)
     packed[()] = values
     return packed
+
+
+def _opaque(argument: Any) -> Any:
+    """Return a struct as bytes: CuPy looks at each of its fields, at every launch."""
+    if argument.dtype.names is None:
+        return argument
+    return argument.reshape(1).view(f"V{argument.dtype.itemsize}")
 
 
 def _as_int64(value: int) -> tuple[np.int64, np.int32]:
@@ -192,10 +199,12 @@ class Launcher:
         """Launch a kernel; a grid without blocks is no launch."""
         if 0 in grid:
             return
-        function = kernel(self.device, f"{file}.cu", name, self.problem.dtype)
-        shared = SHARED_BYTES.get(name, 0)
+        source = f"{file}.cu"
+        function = kernel(self.device, source, name, self.problem.dtype)
+        shared = shared_bytes(source, name)
+        plain = tuple(_opaque(argument) for argument in arguments)
         with self.context:
-            function(grid, block, arguments, shared_mem=shared, stream=self.stream)
+            function(grid, block, plain, shared_mem=shared, stream=self.stream)
 
     def map_rows(self) -> None:
         """Find the rows that count, the classes' weights, and zero what only some rows write."""
@@ -258,7 +267,7 @@ class Launcher:
         dim, bias, own = np.int64(problem.dim), np.uint64(inputs.bias), np.uint64(room["own"])
         bound, target_logit = np.uint64(room["bound"]), np.uint64(room["segment_target_logit"])
         if bits:
-            self.fill_words(bits, plan.saved["bits"] + 4)
+            self.fill_words(bits, plan.saved["bits"])
         self.launch(
             "sm90/forward", "target_logits", (-(-plan.capacity * 32 // _THREADS),), (_THREADS,),
             self.e, self.c, bias, dim, self.logit_options, self.map, own, bound, target_logit,

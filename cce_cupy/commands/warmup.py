@@ -38,7 +38,7 @@ def run(dtypes: Sequence[str] = tuple(DTYPES)) -> int:
     """
     try:
         cupy = import_cupy()
-        devices = _count_devices(cupy)
+        devices = count_devices(cupy)
     except (ImportError, RuntimeError) as error:
         return _complain(str(error))
     try:
@@ -82,7 +82,8 @@ def load(device: int, dtypes: Sequence[str], quiet: bool = False) -> Seconds:
     return seconds
 
 
-def _count_devices(cupy: ModuleType) -> int:
+def count_devices(cupy: ModuleType) -> int:
+    """Return the number of GPUs; RuntimeError where there is none."""
     try:
         count = int(cupy.cuda.runtime.getDeviceCount())
     except cupy.cuda.runtime.CUDARuntimeError as error:

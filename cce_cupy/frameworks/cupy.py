@@ -93,7 +93,6 @@ class CupyMemory:
 
 @functools.cache
 def _hardware(device: int) -> GpuDevice:
-    # Each look at the attributes asks the driver for all of them.
-    found = import_cupy().cuda.Device(device).attributes
-    capability = found["ComputeCapabilityMajor"], found["ComputeCapabilityMinor"]
-    return GpuDevice(found["MultiProcessorCount"], capability)
+    # Each look at the properties asks the driver for all of them.
+    found = import_cupy().cuda.runtime.getDeviceProperties(device)
+    return GpuDevice(found["multiProcessorCount"], (found["major"], found["minor"]))

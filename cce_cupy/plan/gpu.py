@@ -139,7 +139,7 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         **dict.fromkeys(("count", "seed", "first_wrong", "normalizer", "smoothing_total"), 8),
         "row_lse": sums * rows,
         "smoothing": sums * vocab if smooths else 0,
-        "bits": 4 * words * tiles if filtered else 0,
+        "bits": whole(4 * words * tiles, 8) if filtered else 0,
         "unbounded": 8 * -(-tiles // 2),
     }
     per_segment = segments * rows

@@ -19,6 +19,10 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLowest = -1e30f;   // reference of a row whose target has no finite logit
 constexpr float kMasked = -3e38f;    // a logit that counts for nothing, and that no input gives
 constexpr float kHighest = 1e30f;   // of a row that is not there; and sums beyond it are too large
+// Bounds that others raise are looked up at every tile whose products take longer than that, and at
+// every fourth of a warp group's otherwise.
+constexpr int kLongTile = 24;
+constexpr int kShareEvery = 4;
 constexpr int kChunks = kTileN / kColumnChunk;
 constexpr int kSpansInChunk = kColumnChunk / 8;
 
@@ -39,14 +43,16 @@ struct Shared {
   RowState rest;               // sums of this thread's columns
   RowState level;              // lower bounds of the rows' whole sums
   RowState target;             // columns, as integers; -1 for none
+  uint64 seed;                 // of the filter
   int unit[kConsumers * kGroupThreads];      // the one at hand, as each thread knows it,
+  int last[kConsumers * kGroupThreads];      // where its column tiles end,
   int row_tile[kConsumers * kGroupThreads];  // its rows,
   int part[kConsumers * kGroupThreads];      // where its sums go,
   bool first[kConsumers * kGroupThreads];    // and whether it has none yet
 };
 
 // What the host must give a launch; a stage may have to move up to where its alignment is.
-static_assert(sizeof(Shared) + alignof(Stage) == 226304, "SHARED_BYTES of compiler.py");
+static_assert(sizeof(Shared) + alignof(Stage) == 227328, "_HOPPER_SHARED_BYTES of compiler.py");
 
 // Partial sums of units: arrays of (2 * units across, capacity); null where not asked for.
 // Exponents count in powers of two.
@@ -324,7 +330,7 @@ __device__ __forceinline__ void take_targets(Block z, Shared& shared, int m,
     ahead[half] = target >= left && target < left + kTileN ? target - left : -1;
   }
   if (__builtin_expect(!__any_sync(~0u, ahead[0] >= 0 || ahead[1] >= 0), 1)) return;
-  float found[2] = {kMasked, kMasked};
+  float* const to = call.target_logit + row;
 #pragma unroll
   for (int j = 0; j < kSpans; ++j)
 #pragma unroll
@@ -335,18 +341,18 @@ __device__ __forceinline__ void take_targets(Block z, Shared& shared, int m,
         float& logit = z[SumPlace::index(j, half, side)];
         one_by_one(logit);
         if (x == ahead[half]) {
-          found[half] = logit;
+          to[8 * half] = logit;
           logit = kMasked;
         }
       }
     }
+  if (words == nullptr) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     // One of the quad's four has the column.
     const int x = ahead[half];
     if (x < 0 || x % 8 / 2 != lane % 4) continue;
-    call.target_logit[row + 8 * half] = found[half];
-    if (words != nullptr) atomicOr(words + x / kColumnChunk, 1u << (x % kColumnChunk));
+    atomicOr(words + x / kColumnChunk, 1u << (x % kColumnChunk));
   }
 }
 
@@ -354,14 +360,15 @@ __device__ __forceinline__ void take_targets(Block z, Shared& shared, int m,
 __device__ __forceinline__ void mark_columns(Block z, uint32 chunks, const float (&reference)[2],
                                              const float (&level)[2], float chunk_threshold,
                                              uint32* words, int lane) {
+  const float base[2] = {reference[0] + logarithm_to_two(level[0]),
+                         reference[1] + logarithm_to_two(level[1])};
+  const float own = logarithm_to_two(chunk_threshold);
 #pragma unroll
   for (int w = 0; w < kChunks; ++w) {
     if (!(chunks >> w & 1)) continue;
-    const float least = __shfl_sync(~0u, chunk_threshold, w);
-    float lowest[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      lowest[half] = (reference[half] + logarithm_to_two(least * level[half])) * (1.0f / kLog2E);
+    const float least = __shfl_sync(~0u, own, w);
+    const float lowest[2] = {(base[0] + least) * (1.0f / kLog2E),
+                             (base[1] + least) * (1.0f / kLog2E)};
     uint32 kept = 0;
 #pragma unroll
     for (int j = 0; j < kSpansInChunk; ++j)
@@ -595,7 +602,7 @@ __device__ __forceinline__ void finish_tile(float (&z)[kBlocksM][kSums], Shared&
   if (!kStatistics && call.bits != nullptr && row_tile * kTileM < count) {
     words = call.bits + row_tile * call.words + left / kColumnChunk;
     if (call.filter.unbiased)
-      chunk_threshold *= uniform(*call.map.seed, row_tile, left / kColumnChunk + lane % kChunks);
+      chunk_threshold *= uniform(shared.seed, row_tile, left / kColumnChunk + lane % kChunks);
   }
 #pragma unroll
   for (int m = 0; m < kBlocksM; ++m) {
@@ -644,6 +651,7 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
     const int rank = kCluster == 1 ? 0 : static_cast<int>(rank_in_cluster());
     const int row_tile = unit.row_block * kCluster + rank;
     const bool follow = TileRows(call.map, count, row_tile).follow;
+    shared.last[this_thread()] = unit.last;
     shared.row_tile[this_thread()] = row_tile;
     shared.part[this_thread()] = kConsumers * unit.across + this_thread() / kGroupThreads;
     for (int m = 0; m < kBlocksM; ++m)
@@ -656,21 +664,33 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
             __int_as_float(row < count ? static_cast<int>(call.map.target[row]) : -1);
       }
     shared.first[this_thread()] = true;
-    for (int tile = unit.first; tile < unit.last; ++tile) {
+    for (int tile = unit.first; tile < shared.last[this_thread()]; ++tile) {
       mine = !mine;
       if (mine) {
         place.skip(steps);
         continue;
       }
-      if (!kStatistics && call.bits != nullptr) {
-        // Those of all blocks that work on these rows, as far as they have come.
+      if (!kStatistics && call.bits != nullptr &&
+          (steps >= kLongTile || (tile - unit.first) / kConsumers % kShareEvery == 0)) {
+        // Those of all blocks that work on these rows, as far as they have come. All loads first.
+        const int row = first_row(shared.row_tile[this_thread()]);
+        float known[kBlocksM][2];
+#pragma unroll
         for (int m = 0; m < kBlocksM; ++m)
+#pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int row = first_row(shared.row_tile[this_thread()]) + 64 * m + 8 * half;
-            const float known = row < count ? from_ordered(__ldcg(call.bound + row)) : kLowest;
+            const int at = min(row + 64 * m + 8 * half, count - 1);
+            known[m][half] = from_ordered(__ldcg(call.bound + at));
+          }
+#pragma unroll
+        for (int m = 0; m < kBlocksM; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float seen = quad_sum(shared.rest.at(m, half));
+            const float told = power_of_two(known[m][half] - shared.reference.at(m, half));
+            // A row that is not there keeps nothing.
             shared.level.at(m, half) =
-                fmaxf(quad_sum(shared.rest.at(m, half)),
-                      power_of_two(known - shared.reference.at(m, half)));
+                row + 64 * m + 8 * half < count ? fmaxf(seen, told) : kHighest;
           }
       }
       take_turn(this_thread() / kGroupThreads);
@@ -725,6 +745,7 @@ __device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_m
       memory + (alignof(Stage) - shared_address(memory) % alignof(Stage)) % alignof(Stage));
   const uint32 rank = kCluster == 1 ? 0 : rank_in_cluster();
   if (threadIdx.x == 0) {
+    shared.seed = *given.map.seed;
     for (int i = 0; i < kStages; ++i) {
       // One for the bytes that are expected, one for each thread that may copy words.
       mbarrier_init(shared_address(&shared.ring.full[i]), 1 + kGroupThreads);
