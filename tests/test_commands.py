@@ -1,4 +1,4 @@
-"""The command line: demo, loss and info, by way of `cce_cupy.__main__.main`."""
+"""The command line: demo, loss, info and bench, by way of `cce_cupy.__main__.main`."""
 
 import ctypes
 import ctypes.util
@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -16,8 +17,8 @@ import pytest
 from rich.console import Console
 
 import cce_cupy
-from cce_cupy.__main__ import main
-from cce_cupy.commands import demo, info, loss
+from cce_cupy.__main__ import BENCH_CASES, main
+from cce_cupy.commands import bench, demo, info, loss
 from cce_cupy.commands.agreement import compare_curves
 from cce_cupy.commands.arrays import read_arrays, write_arrays
 from cce_cupy.commands.corpus import Corpus, learn_corpus, read_documents
@@ -797,6 +798,46 @@ def test_info_finds_the_compiler_of_a_toolkit(
     assert info.find_nvrtc(13) == str(tmp_path / "lib64" / "libnvrtc.so.13")
 
 
+# Times on a GPU
+
+
+@pytest.mark.parametrize("devices", [None, 0, "no CUDA-capable device is detected"])
+def test_bench_without_a_gpu(
+    devices: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, before any work."""
+
+    class CUDARuntimeError(RuntimeError): ...
+
+    def count() -> int:
+        if isinstance(devices, str):
+            raise CUDARuntimeError(devices)
+        return devices
+
+    runtime = SimpleNamespace(getDeviceCount=count, CUDARuntimeError=CUDARuntimeError)
+    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", None if devices is None else cupy)
+    line = complaint(capsys, "bench", "--case", "wide")
+    assert ("need CuPy" if devices is None else "finds no GPU") in line
+    assert str(devices or "") in line
+
+
+def test_bench_cases() -> None:
+    assert tuple(bench.CASES) == BENCH_CASES
+
+
+def test_bench_data() -> None:
+    """The data is peaked, and the printed fraction is what the definition says."""
+    inputs = bench.make_inputs(np, (200, 64, 8192), np.dtype(ml_dtypes.bfloat16))
+    logits = inputs.e.astype(np.float64) @ inputs.c.astype(np.float64).T
+    p = np.exp(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+    p[np.arange(200), inputs.targets] = 1
+    kept = [np.minimum(tile.max(axis=0) / (16 / 8192), 1) for tile in (p[:128], p[128:])]
+    found = bench.kept_fraction(np, inputs)
+    assert found == pytest.approx(np.mean(kept), rel=1e-4)
+    assert 0.01 < found < 0.2
+
+
 # The front
 
 
@@ -808,6 +849,8 @@ def test_info_finds_the_compiler_of_a_toolkit(
         (["demo", "--steps", "0"], "--steps: must be at least 1, got 0"),
         (["demo", "--steps", "many"], "--steps: invalid integer of at least 1 value: 'many'"),
         (["demo", "--vocab", "1000"], "--vocab: must be at least 16384, got 1000"),
+        (["bench"], "required: --case"),
+        (["bench", "--case", "huge"], "invalid choice: 'huge'"),
         (["loss"], "required: FILE"),
         (["loss", "x.npz", "--filter", "best"], "invalid choice: 'best'"),
         (["loss", "x.npz", "--filter-eps", "some"], "invalid 'auto' or number value: 'some'"),

@@ -71,6 +71,7 @@ HOUSE = {
     "commands.*": Room("__init__ api frameworks plan problem version", "rich safetensors"),
     "commands.corpus": Room(foreign="tokenizers"),
     "commands.warmup": Room("compiler", foreign="rich"),
+    "commands.bench": Room("api compiler plan problem", foreign="rich"),
     "commands.picture": Room(foreign="matplotlib"),
     "__main__": Room("commands api frameworks plan problem version", "rich safetensors"),
 }

@@ -42,7 +42,7 @@ OPTIONS = [
     {"softcap": 3.0, "label_smoothing": 0.1, "reduction": "sum", "shift": 1, "logit_scale": -0.5},
 ]
 # Ragged, whole blocks, and the smallest: rows, classes, hidden size.
-SHAPES = [(131, 261, 21), (128, 256, 32), (1, 1, 1), (3, 40, 0), (0, 33, 4)]
+SHAPES = [(131, 261, 21), (128, 256, 32), (300, 410, 72), (1, 1, 1), (3, 40, 0), (0, 33, 4)]
 
 launched = set()
 _kernel = launcher.kernel

@@ -1,0 +1,35 @@
+"""The cases of the GPU benchmarks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from calibrated import Peaks
+
+SWEEP = tuple(2**n for n in range(17))
+"""Tokens, from 1 to 65536."""
+
+
+class Case(NamedTuple):
+    """Sizes, and the law of the synthetic data; without a law the arrays come from a file."""
+
+    tokens: int
+    dim: int
+    vocab: int
+    peaks: Peaks | None
+
+
+GEMMA3 = Peaks()
+# Between a half and the whole of the columns that Gemma 3 keeps. At half the vocabulary each p is
+# twice as large, so that popularity has to fall faster for it.
+GEMMA2 = Peaks(odds=-0.5)
+WIDE = Peaks(odds=0.0, zipf=2.8, spread=3.8)
+LLAMA3 = Peaks(odds=-0.5, zipf=2.8, spread=3.8)
+
+CASES = {
+    "gemma2-2b": Case(8192, 2304, 256000, GEMMA2),
+    "wide": Case(8192, 4096, 131072, WIDE),
+    "llama3-8b": Case(8192, 4096, 128256, LLAMA3),
+    "gemma3-like": Case(8192, 640, 262144, GEMMA3),
+    "smollm2": Case(8192, 576, 49152, None),
+}
