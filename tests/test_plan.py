@@ -10,6 +10,7 @@ from cce_cupy.plan import (
     COLUMN_CHUNK,
     LARGEST_AUTO_EPS,
     ROW_TILE,
+    TILE_COLUMNS,
     GpuDevice,
     Sweep,
     make_gpu_plan,
@@ -178,3 +179,52 @@ def test_gpu_segments_of_many_rows_are_few(tiles):
 )
 def test_logits_are_stored_where_dc_has_room_and_is_not_rounded_or_filtered(options, rows):
     assert make_plan(problem(**options)).stored_rows == rows
+
+
+HALF = ("bfloat16", "float16")
+
+
+def test_hopper_serves_what_its_copies_can_reach():
+    def tier(*sizes, device=H100, aligned=True):
+        plan = make_gpu_plan(problem(*sizes), device, aligned=aligned)
+        assert (plan.tier == "sm90") == (plan.hopper is not None) == (plan.tier_reason == "")
+        return plan.tier, plan.tier_reason
+
+    for dtype in HALF:
+        assert tier(1024, 64, 5000, dtype) == ("sm90", "")
+        assert "16 bytes" in tier(1024, 60, 5000, dtype)[1]
+        assert "16 bytes" in tier(1024, 64, 5000, dtype, aligned=False)[1]
+        assert "8.9 is not 9.0" in tier(1024, 64, 5000, dtype, device=GpuDevice(132, (8, 9)))[1]
+        assert "12.0 is not 9.0" in tier(1024, 64, 5000, dtype, device=GpuDevice(132, (12, 0)))[1]
+        assert tier(0, 64, 5000, dtype)[0] == "portable"
+        assert tier(1024, 0, 5000, dtype)[0] == "portable"
+    for dtype in ("float32", "float64"):
+        assert tier(1024, 64, 5000, dtype) == ("portable", f"{dtype} has no fast matrix unit")
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 129, 1000, 8192, 65536])
+@pytest.mark.parametrize(("dim", "vocab"), [(8, 1), (640, 262144), (2304, 256000), (4096, 131072)])
+def test_hopper_units_cover_the_logits_and_fill_the_device(tokens, dim, vocab):
+    cut = make_gpu_plan(problem(tokens, dim, vocab, "bfloat16"), H100).hopper
+    cluster = 1 if tokens <= ROW_TILE else 2
+    assert cut.kernel == ("forward_single" if cluster == 1 else "forward_pairs")
+    assert cut.blocks % cluster == 0
+    assert cut.blocks <= 132
+    tiles, row_blocks = -(-vocab // TILE_COLUMNS), -(-tokens // (ROW_TILE * cluster))
+    across = -(-tiles // cut.unit_tiles)
+    assert cut.parts == 2 * across
+    assert 1 <= cut.group <= row_blocks
+    # What the fullest block works through, against an even share.
+    clusters = 132 // cluster
+    rounds = -(-row_blocks * across // clusters)
+    if row_blocks * tiles >= 20 * clusters:
+        assert rounds * cut.unit_tiles <= 1.06 * row_blocks * tiles / clusters
+
+
+def test_hopper_takes_room_for_statistics_only_with_them():
+    plan = make_gpu_plan(problem(8192, 640, 262144, "bfloat16"), H100)
+    table = 4 * plan.hopper.parts * 8192
+    assert plan.forward["unit_rest"] == plan.statistics["unit_best"] == table
+    assert not plan.forward.keys() & plan.statistics.keys()
+    # Two numbers for each row and part: small beside the logits, 4 GiB here.
+    assert sum(plan.forward.values()) <= 2**24

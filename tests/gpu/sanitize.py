@@ -102,6 +102,7 @@ def call(dtype, shape, options, filtering, pad, wrong=False):
     targets[rng.random(n) < 0.2] = -100
     if wrong:
         targets[n // 2], targets[n - 1] = v, -1
+    has_bias = options.pop("bias", True)
     bias = rng.standard_normal(v)
     if removed and v > 1:
         bias[::3] = -np.inf
@@ -109,8 +110,9 @@ def call(dtype, shape, options, filtering, pad, wrong=False):
         "e": rows(rng.standard_normal((n, d)).astype(kind), pad),
         "c": rows(rng.standard_normal((v, d)).astype(kind), pad),
         "targets": cupy.asarray(targets.astype(np.int16 if pad else np.int64)),
-        "bias": cupy.asarray(bias.astype(kind)),
     }
+    if has_bias:
+        arrays["bias"] = cupy.asarray(bias.astype(kind))
     given = dict(arrays)
     if weights:
         given["class_weight"] = cupy.asarray(rng.random(v))
@@ -136,7 +138,8 @@ def main():
             calls += 1
         for k, shape in enumerate(SHAPES[1:]):
             call(dtype, shape, OPTIONS[(number + k) % 4], filtering, pad=0)
-            calls += 1
+            call(dtype, shape, {"bias": False}, filtering, pad=0)
+            calls += 2
         call(dtype, SHAPES[0], OPTIONS[number], filtering, pad=1, wrong=True)
         calls += 1
     cupy.cuda.Device().synchronize()
