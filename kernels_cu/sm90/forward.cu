@@ -17,8 +17,8 @@ constexpr int kCopiers = 3;  // and that of the copying warp group
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLowest = -1e30f;   // reference of a row whose target has no finite logit
-constexpr float kMasked = -3e38f;    // a logit that counts for nothing, and that no input gives
-constexpr float kHighest = 1e30f;   // of a row that is not there; and sums beyond it are too large
+constexpr float kHighest = 1e30f;   // that of a row that is not there; sums beyond it are too large
+constexpr float kMasked = -3e38f;   // a logit that counts for nothing
 // Bounds that others raise are looked up at every tile whose products take longer than that, and at
 // every fourth of a warp group's otherwise.
 constexpr int kLongTile = 24;
@@ -218,8 +218,8 @@ __device__ __forceinline__ bool is_plain(const ForwardArguments& call) {
 }
 
 // Scale, bias and softcap in place. Only a removed entry becomes -inf.
-__device__ __forceinline__ void make_logits(Block z, const ForwardArguments& call, int left, int columns,
-                                            int lane) {
+__device__ __forceinline__ void make_logits(Block z, const ForwardArguments& call, int left,
+                                            int columns, int lane) {
   const float lowest = -static_cast<float>(infinity());
   const float scale = static_cast<float>(call.options.scale);
 #pragma unroll
@@ -279,43 +279,43 @@ __device__ __forceinline__ void take_all(Block z, const ForwardArguments& call, 
   }
   if constexpr (kStatistics) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float best = kMasked, poison = 0;
-    int argmax = 0;
+    for (int half = 0; half < 2; ++half) {
+      float best = kMasked, poison = 0;
+      int argmax = 0;
 #pragma unroll
-    for (int j = 0; j < kSpans; ++j)
+      for (int j = 0; j < kSpans; ++j)
 #pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        one_by_one(z[SumPlace::index(j, half, side)]);
-        const float logit = z[SumPlace::index(j, half, side)];
-        poison += logit;
-        if (logit > best) {
-          best = logit;
-          argmax = 2 * j + side;
+        for (int side = 0; side < 2; ++side) {
+          one_by_one(z[SumPlace::index(j, half, side)]);
+          const float logit = z[SumPlace::index(j, half, side)];
+          poison += logit;
+          if (logit > best) {
+            best = logit;
+            argmax = 2 * j + side;
+          }
+        }
+      if (poison != poison) {
+#pragma unroll
+        for (int k = 2 * kSpans - 1; k >= 0; --k) {
+          one_by_one(z[SumPlace::index(k / 2, half, k % 2)]);
+          const float logit = z[SumPlace::index(k / 2, half, k % 2)];
+          if (logit != logit) {
+            best = logit;
+            argmax = k;
+          }
         }
       }
-    if (poison != poison) {
+      argmax = left + SumPlace::column(lane, argmax / 2, argmax % 2);
 #pragma unroll
-      for (int k = 2 * kSpans - 1; k >= 0; --k) {
-        one_by_one(z[SumPlace::index(k / 2, half, k % 2)]);
-        const float logit = z[SumPlace::index(k / 2, half, k % 2)];
-        if (logit != logit) {
-          best = logit;
-          argmax = k;
-        }
+      for (int step = 1; step < 4; step *= 2)
+        take_best(best, argmax, __shfl_xor_sync(~0u, best, step), __shfl_xor_sync(~0u, argmax, step));
+      if (lane % 4 == 0 && row + 8 * half < count) {
+        const int64 at = slot + row + 8 * half;
+        if (!first) take_best(best, argmax, call.out.best[at], call.out.argmax[at]);
+        call.out.best[at] = best;
+        call.out.argmax[at] = argmax;
       }
     }
-    argmax = left + SumPlace::column(lane, argmax / 2, argmax % 2);
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2)
-      take_best(best, argmax, __shfl_xor_sync(~0u, best, step), __shfl_xor_sync(~0u, argmax, step));
-    if (lane % 4 == 0 && row + 8 * half < count) {
-      const int64 at = slot + row + 8 * half;
-      if (!first) take_best(best, argmax, call.out.best[at], call.out.argmax[at]);
-      call.out.best[at] = best;
-      call.out.argmax[at] = argmax;
-    }
-  }
   }
 }
 
@@ -407,14 +407,16 @@ __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_th
     }
     // A chunk's sum is no less than its largest: one that fails has none that passes.
     const float least = __shfl_sync(~0u, chunk_threshold, w);
-    if (chunk[0] >= least * sums.level[0] || chunk[1] >= least * sums.level[1]) candidates |= 1u << w;
+    if (chunk[0] >= least * sums.level[0] || chunk[1] >= least * sums.level[1])
+      candidates |= 1u << w;
   }
   if (plain && least_logit == -static_cast<float>(infinity())) {
     // From an infinite input, whose row must come out as NaN.
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       one_by_one(z[i]);
-      if (z[i] == -static_cast<float>(infinity())) total[i / 2 % 2] = static_cast<float>(not_a_number());
+      if (z[i] == -static_cast<float>(infinity()))
+        total[i / 2 % 2] = static_cast<float>(not_a_number());
     }
   }
   constexpr uint32 kTooLarge = 1u << 31;
@@ -627,6 +629,8 @@ __device__ __forceinline__ void finish_tile(float (&z)[kBlocksM][kSums], Shared&
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float seen = quad_sum(sums.rest[half]);
+        // Also because the reference that it is relative to may have moved.
+        shared.level.at(m, half) = fmaxf(sums.level[half], seen);
         if (lane % 4 == 0 && row + 8 * half < count && seen > 1.002f * sums.level[half])
           atomicMax(call.bound + row + 8 * half,
                     ordered(sums.reference[half] + logarithm_to_two(seen)));
@@ -732,10 +736,6 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
       }
   }
 }
-
-}  // namespace cce
-
-namespace cce {
 
 template <int kCluster, bool kPlain, bool kStatistics>
 __device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_map,
