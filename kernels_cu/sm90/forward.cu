@@ -691,7 +691,9 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const float seen = quad_sum(shared.rest.at(m, half));
-            const float told = power_of_two(known[m][half] - shared.reference.at(m, half));
+            // Finite, as half of infinity would be too much.
+            const float told = fminf(
+                power_of_two(known[m][half] - shared.reference.at(m, half)), -kMasked);
             // A row that is not there keeps nothing.
             shared.level.at(m, half) =
                 row + 64 * m + 8 * half < count ? fmaxf(seen, told) : kHighest;

@@ -187,6 +187,30 @@ def test_lower_precision_keeps_the_same_columns(road, dtype, options, kind):
     np.testing.assert_array_equal(ours[decided], theirs[decided])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["unbiased", "threshold"])
+def test_hopeless_targets_lose_no_column(road, dtype, kind):
+    """Where each target's probability is below any float, sums relative to it overflow."""
+    n, v, d, eps = 256, 30000, 64, 1e-3
+    rng = np.random.default_rng(0)
+    e, c = rng.standard_normal((n, d)), 0.4 * rng.standard_normal((v, d))
+    e[:, 0], c[:, 0] = 10.0, 0.0
+    c[5] = 0.0
+    c[5, 0] = -10.0
+    number = DTYPES[dtype]
+    options = {"reduction": "none", "bias": np.zeros(v, number)}
+    case = Case(dtype, e.astype(number), c.astype(number), np.full(n, 5), options)
+    oracle = case.oracle()
+    assert (oracle.lse - oracle.z[:, 5]).min() > 100
+    filtering = {"gradient_filter": kind, "filter_eps": eps, "seed": None}
+    decided = ~borderline(case, oracle, largest(oracle), eps, filtering)
+    assert decided.mean() > 0.99
+    ours = kept_columns(road, case, oracle, **filtering)
+    theirs = kept_columns(cce_cupy, case, oracle, **filtering)
+    assert 0.01 < theirs.mean() < 0.9
+    np.testing.assert_array_equal(ours[decided], theirs[decided])
+
+
 def test_row_tiles_count_valid_tokens_across_the_batch(road):
     """Ignored tokens and shifted positions make the same tiles, with the same thresholds."""
     v = 1000
