@@ -156,7 +156,8 @@ def _inputs(name: str, case: Case, options: argparse.Namespace, console: Console
         if options.arrays is None:
             console.print(
                 f"{name}: absent. It takes the real hidden states of a model: --arrays FILE, a "
-                "safetensors file with e (N, D), c (V, D) and targets (N,)."
+                "safetensors file with e (N, D), c (V, D) and targets (N,), as hidden_states.py "
+                "makes it."
             )
             return None
         from safetensors.torch import load_file
