@@ -12,7 +12,7 @@ import numpy as np
 
 from ..plan import COLUMN_CHUNK, ROW_TILE, Sweep
 from . import columns as kept
-from .call import Call, spans
+from .call import ELEMENTWISE_ROWS, Call, spans
 from .forward import Forward
 from .memory import Array, Scratch, Workers, as_index
 from .tokens import RowFactors
@@ -290,6 +290,7 @@ class _Backward:
             listed = kept.kept_columns(self.saved.bits, rows[0] // ROW_TILE, *columns)
             cuts = spans(0, len(listed), call.plan.gather_block)
             chosen = [listed[start:stop] for start, stop in cuts]
+        elementwise = ROW_TILE if sweep.filtered else ELEMENTWISE_ROWS
         for piece in chosen:
             classifier = call.classifier(piece)
             dz = into
@@ -300,7 +301,7 @@ class _Backward:
                 within = slice(first - rows[0], last - rows[0])
                 some = embeddings[within]
                 logits = self.logits(dz[within], (first, last), some, classifier, piece)
-                for top, bottom in call.tiles(first, last, filtered=sweep.filtered):
+                for top, bottom in spans(first, last, elementwise):
                     tile = _BackwardTile(self, dz[top - rows[0] : bottom - rows[0]], top, piece)
                     passed = tile.form(logits[top - first : bottom - first], sweep.filtered)
             yield _Piece(piece, dz, classifier, passed)

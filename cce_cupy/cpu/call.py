@@ -13,6 +13,9 @@ from ..problem import Problem
 from .memory import Array, as_sums, take_rows
 from .tokens import Arrays, Classes, Rows
 
+ELEMENTWISE_ROWS = 2 * ROW_TILE
+"""Rows that elementwise work takes at a time, while they are in cache."""
+
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the units of work done and their total."""
 
@@ -67,10 +70,6 @@ class Call:
         """
         split = min(max(self.plan.stored_rows, first), last)
         return [span for span in ((first, split), (split, last)) if span[0] < span[1]]
-
-    def tiles(self, first: int, last: int, *, filtered: bool) -> list[tuple[int, int]]:
-        """Cut rows into those that elementwise work takes at a time, while they are in cache."""
-        return spans(first, last, ROW_TILE if filtered else 2 * ROW_TILE)
 
     @property
     def dtype(self) -> np.dtype[Any]:

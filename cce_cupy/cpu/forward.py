@@ -9,7 +9,7 @@ import numpy as np
 
 from ..plan import COLUMN_CHUNK, MARGIN, ROW_TILE
 from . import columns as kept
-from .call import Call, StoredLogits, spans
+from .call import ELEMENTWISE_ROWS, Call, StoredLogits, spans
 from .memory import Array, Scratch, Workers
 
 NEAR_ZERO = 40.0
@@ -199,7 +199,7 @@ class _ForwardRun(NamedTuple):
                 store = None
                 if self.stored is not None and begin < self.stored.rows:
                     store = self.stored.block(start, stop)[begin:end]
-                for top, bottom in call.tiles(0, end - begin, filtered=self.bits is not None):
+                for top, bottom in spans(0, end - begin, ELEMENTWISE_ROWS):
                     _ForwardTile(
                         run=self,
                         state=state,
@@ -242,7 +242,7 @@ class _ForwardRun(NamedTuple):
 
 
 class _ForwardTile(NamedTuple):
-    """A row tile's part of a block of logits."""
+    """A few row tiles' part of a block of logits."""
 
     run: _ForwardRun
     state: _RowState
@@ -256,10 +256,6 @@ class _ForwardTile(NamedTuple):
     group: int
     top: int
     left: int
-
-    @property
-    def number(self) -> int:
-        return (self.group + self.top) // ROW_TILE
 
     def visit(self) -> None:
         """Sum the tile up, and mark the columns to keep."""
@@ -310,7 +306,11 @@ class _ForwardTile(NamedTuple):
         state.reference[rows] = reference
         state.rest[rows] = state.rest[rows] * np.exp(shift) + others
         if run.bits is not None:
-            kept.put_bits(run.bits, self.number, self.left, self._keep(z, at))
+            for top, bottom in spans(0, len(z), ROW_TILE):
+                targets = at[(hit >= top) & (hit < bottom)]
+                number = (self.group + self.top + top) // ROW_TILE
+                keep = self._keep(number, z[top:bottom], targets)
+                kept.put_bits(run.bits, number, self.left, keep)
         seen = state.reference[rows] + np.log(state.rest[rows])
         state.bound[rows] = np.maximum(state.bound[rows], seen)
 
@@ -348,8 +348,8 @@ class _ForwardTile(NamedTuple):
         others[rows] = z @ self.ones
         self.logits[rows] = z
 
-    def _keep(self, z: Array, targets: Array) -> Array:
-        """Test the columns against a lower bound of lse: a superset of what the backward keeps.
+    def _keep(self, number: int, z: Array, targets: Array) -> Array:
+        """Test a row tile's columns against bounds of lse: a superset of what the backward keeps.
 
         The logits are exp(z - reference) here, and the reference is no larger than lse.
         """
@@ -357,7 +357,7 @@ class _ForwardTile(NamedTuple):
         threshold: Any = plan.filter_eps * np.exp(-MARGIN)
         if plan.gradient_filter == "unbiased":
             chunk = self.left // COLUMN_CHUNK
-            u = kept.uniforms(call.seed, self.number, chunk, chunk - -width // COLUMN_CHUNK)
+            u = kept.uniforms(call.seed, number, chunk, chunk - -width // COLUMN_CHUNK)
             threshold = np.repeat(u, COLUMN_CHUNK)[:width] * threshold
         # Not (largest >= threshold): a NaN must be kept, so that it reaches the gradients.
         # The target's is 0 by now.
