@@ -41,6 +41,18 @@ def test_log_is_read() -> None:
     ]
 
 
+def test_a_stack_is_complained_of_without_spills() -> None:
+    log = LOG.format(stack=16, stores=0).replace("8 bytes spill loads", "0 bytes spill loads")
+    assert read_log(log)[1] == ["forward has a stack of 16 bytes in local memory"]
+
+
+def test_what_is_tolerated_is_so_by_name_and_bytes() -> None:
+    log = LOG.format(stack=8, stores=0)
+    assert read_log(log, {"forward": 8})[1] == []
+    assert len(read_log(log, {"fill": 8})[1]) == 2
+    assert len(read_log(log, {"forward": 7})[1]) == 2
+
+
 @pytest.mark.parametrize(
     "line",
     [

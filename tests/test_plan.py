@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from cce_cupy.compiler import serves
 from cce_cupy.plan import (
     COLUMN_CHUNK,
     LARGEST_AUTO_EPS,
@@ -228,3 +229,11 @@ def test_hopper_takes_room_for_statistics_only_with_them():
     assert not plan.forward.keys() & plan.statistics.keys()
     # Two numbers for each row and part: small beside the logits, 4 GiB here.
     assert sum(plan.forward.values()) <= 2**24
+
+
+def test_sources_for_hopper_are_compiled_where_the_plan_chooses_them():
+    for dtype in ("float64", "float32", *HALF):
+        for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
+            plan = make_gpu_plan(problem(1024, 64, 5000, dtype), GpuDevice(132, capability))
+            assert serves("sm90/forward.cu", dtype, capability) == (plan.tier == "sm90")
+            assert serves("portable/forward.cu", dtype, capability)

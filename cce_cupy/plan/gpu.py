@@ -123,11 +123,12 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
     sums = ITEMSIZE[problem.accumulator]
     rows, dim, vocab = problem.tokens, problem.dim, problem.vocab
     tiles = -(-rows // ROW_TILE)
-    # Two blocks a multiprocessor run at a time, or one after the other: see kBlocks of product.cuh.
     refusal = refuse_hopper(problem, device.capability, aligned)
     hopper = None if refusal else plan_hopper_forward(problem, device.processors)
     segments = 1
     if hopper is None:
+        # Two blocks a multiprocessor run at a time, or one after the other: see kBlocks of
+        # product.cuh.
         segments = _segments(max(tiles, 1), 2 * device.processors, vocab // (8 * _DENSE_BLOCK))
     segment_columns = whole(-(-vocab // segments), _DENSE_BLOCK)
     segments = max(1, -(-vocab // segment_columns))

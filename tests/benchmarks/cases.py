@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from calibrated import Peaks
 
+from cce_cupy.commands.bench import CASES as SIZES
+
 SWEEP = tuple(2**n for n in range(17))
 """Tokens, from 1 to 65536."""
 
@@ -26,10 +28,11 @@ GEMMA2 = Peaks(odds=-0.5)
 WIDE = Peaks(odds=0.0, zipf=2.8, spread=3.8)
 LLAMA3 = Peaks(odds=-0.5, zipf=2.8, spread=3.8)
 
-CASES = {
-    "gemma2-2b": Case(8192, 2304, 256000, GEMMA2),
-    "wide": Case(8192, 4096, 131072, WIDE),
-    "llama3-8b": Case(8192, 4096, 128256, LLAMA3),
-    "gemma3-like": Case(8192, 640, 262144, GEMMA3),
-    "smollm2": Case(8192, 576, 49152, None),
+LAWS = {
+    "gemma2-2b": GEMMA2,
+    "wide": WIDE,
+    "llama3-8b": LLAMA3,
+    "gemma3-like": GEMMA3,
+    "smollm2": None,
 }
+CASES = {name: Case(*SIZES[name], law) for name, law in LAWS.items()}
