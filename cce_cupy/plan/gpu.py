@@ -116,10 +116,7 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
     ValueError
         When ``workspace_bytes`` is smaller than the least this problem can be computed in.
     """
-    gradient_filter, eps, reason = choose_filter(problem)
-    filtered_e = gradient_filter is not None and problem.filter_e_grad
-    filtered_c = gradient_filter is not None and problem.filter_c_grad
-    filtered = filtered_e or filtered_c
+    chosen = choose_filter(problem)
     sums = ITEMSIZE[problem.accumulator]
     rows, dim, vocab = problem.tokens, problem.dim, problem.vocab
     tiles = -(-rows // ROW_TILE)
@@ -140,7 +137,7 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         **dict.fromkeys(("count", "seed", "first_wrong", "normalizer", "smoothing_total"), 8),
         "row_lse": sums * rows,
         "smoothing": sums * vocab if smooths else 0,
-        "bits": whole(4 * words * tiles, 8) if filtered else 0,
+        "bits": whole(4 * words * tiles, 8) if chosen.kind else 0,
         "unbounded": 8 * -(-tiles // 2),
     }
     per_segment = segments * rows
@@ -164,7 +161,7 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         forward |= {"unit_reference": per_unit, "unit_rest": per_unit}
         forward["unit_smoothed"] = per_unit if smooths else 0
         statistics |= dict.fromkeys(("unit_weighted", "unit_best", "unit_argmax"), per_unit)
-    cut = _cut_backward(problem, tiles, together=filtered_e == filtered_c)
+    cut = _cut_backward(problem, tiles, together=chosen.e == chosen.c)
     backward = {
         **dict.fromkeys(("factor_softmax", "factor_onehot", "factor_smoothing"), sums * rows),
         "smoothing_classifier": 8 * _SMOOTHING_PARTS * dim if smooths else 0,
@@ -186,10 +183,10 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         range_columns=cut.columns,
         smooths=smooths,
         smoothing_parts=_SMOOTHING_PARTS,
-        gradient_filter=gradient_filter if filtered else None,
-        filter_eps=eps if filtered else 0.0,
-        filter_reason=reason,
-        sweeps=choose_sweeps(filtered_e, filtered_c, together=cut.together),
+        gradient_filter=chosen.kind,
+        filter_eps=chosen.eps,
+        filter_reason=chosen.reason,
+        sweeps=choose_sweeps(chosen, together=cut.together),
         saved=saved,
         forward=forward,
         statistics=statistics,

@@ -91,9 +91,7 @@ def make_plan(problem: Problem) -> Plan:
     ValueError
         When ``workspace_bytes`` is smaller than the least this problem can be computed in.
     """
-    gradient_filter, eps, reason = choose_filter(problem)
-    filtered_e = gradient_filter is not None and problem.filter_e_grad
-    filtered_c = gradient_filter is not None and problem.filter_c_grad
+    chosen = choose_filter(problem)
     dim, tokens, vocab = max(problem.dim, 1), problem.tokens, problem.vocab
     accumulator_bytes = ITEMSIZE[problem.accumulator]
     rounds = ITEMSIZE[problem.dtype] < accumulator_bytes
@@ -101,7 +99,7 @@ def make_plan(problem: Problem) -> Plan:
     # Elements per block are bounded, so that blocks stay in cache and wide D costs no memory.
     row_block = min(_fit(2**21 // dim, ROW_TILE, 1024), whole(tokens, ROW_TILE))
     # dC of some columns has room for as many rows of their logits as it is wide.
-    stores = not (rounds or filtered_e or filtered_c)
+    stores = not (rounds or chosen.kind)
     stored_rows = min(problem.dim // ROW_TILE * ROW_TILE, row_block) if stores else 0
     columns = whole(vocab, COLUMN_CHUNK)
     column_block = min(_fit(2**21 // dim, 3 * COLUMN_CHUNK, 1536), columns)
@@ -112,7 +110,6 @@ def make_plan(problem: Problem) -> Plan:
     groups = -(-max(tokens, 1) // row_block)
     segments = max(1, min(-(-16 // groups), vocab // 4096))
 
-    filtered = filtered_e or filtered_c
     # A block of c and of e as such, or converted; and the sum of dC that is rounded at the end.
     copies = 2 if rounds else 1
     blocks = (row_block + copies * column_block) * dim
@@ -124,8 +121,8 @@ def make_plan(problem: Problem) -> Plan:
     gathered += column_range * dim
     each = max(
         visit,
-        0 if filtered_e and filtered_c else dense,
-        gathered if filtered else 0,
+        0 if chosen.e and chosen.c else dense,
+        gathered if chosen.kind else 0,
     )
     least = accumulator_bytes * each
     if problem.workspace_bytes is not None and problem.workspace_bytes < least:
@@ -137,7 +134,7 @@ def make_plan(problem: Problem) -> Plan:
 
     # Where dE is rounded, forming it along with dC takes a float32 sum for every token.
     sums = accumulator_bytes * tokens * dim if rounds else 0
-    together = filtered_e == filtered_c and least + sums <= allowed
+    together = chosen.e == chosen.c and least + sums <= allowed
     held = least + sums if together else least
     concurrency = 1 + (allowed - held) // (accumulator_bytes * each)
     return Plan(
@@ -149,10 +146,10 @@ def make_plan(problem: Problem) -> Plan:
         column_range=column_range,
         gather_block=gather_block,
         concurrency=concurrency,
-        gradient_filter=gradient_filter if filtered else None,
-        filter_eps=eps if filtered else 0.0,
-        filter_reason=reason,
-        sweeps=choose_sweeps(filtered_e, filtered_c, together=together),
+        gradient_filter=chosen.kind,
+        filter_eps=chosen.eps,
+        filter_reason=chosen.reason,
+        sweeps=choose_sweeps(chosen, together=together),
         workspace_bytes=held + accumulator_bytes * each * (concurrency - 1),
     )
 

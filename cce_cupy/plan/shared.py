@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..problem import Problem
 
@@ -51,34 +52,46 @@ class Sweep:
     filtered: bool
 
 
-def choose_filter(problem: Problem) -> tuple[str | None, float, str]:
-    """Return the filter in force, its eps, and why it is what it is, for people."""
+class Filter(NamedTuple):
+    """The filter in force: None, of eps 0.0, for none; the gradients that it filters; and why."""
+
+    kind: str | None
+    eps: float
+    e: bool
+    c: bool
+    reason: str
+
+
+def choose_filter(problem: Problem) -> Filter:
+    """Return the filter in force, after ``filter_eps`` and the options that rule a filter out."""
+
+    def off(reason: str) -> Filter:
+        return Filter(None, 0.0, False, False, f"off: {reason}")
+
+    sides = problem.filter_e_grad, problem.filter_c_grad
     if problem.gradient_filter is None:
-        return None, 0.0, "off: gradient_filter=None"
+        return off("gradient_filter=None")
     if problem.filter_eps == 0.0:
-        return None, 0.0, "off: filter_eps is None or 0"
+        return off("filter_eps is None or 0")
     if problem.softcap is not None and problem.label_smoothing > 0.0:
-        return (
-            None,
-            0.0,
-            "off: with softcap, label smoothing reaches every column and is not of rank one",
-        )
-    if not (problem.filter_e_grad or problem.filter_c_grad):
-        return None, 0.0, "off: filter_e_grad and filter_c_grad are False"
+        return off("with softcap, label smoothing reaches every column and is not of rank one")
+    if not any(sides):
+        return off("filter_e_grad and filter_c_grad are False")
     if problem.filter_eps is not None:
-        return problem.gradient_filter, problem.filter_eps, "filter_eps as given"
+        return Filter(problem.gradient_filter, problem.filter_eps, *sides, "filter_eps as given")
     scale = _AUTO_EPS.get((problem.gradient_filter, problem.dtype))
     if scale is None:
-        return None, 0.0, f"off: filter_eps='auto' does not filter {problem.dtype}"
+        return off(f"filter_eps='auto' does not filter {problem.dtype}")
     eps = min(scale / max(problem.vocab, 1), LARGEST_AUTO_EPS)
-    return problem.gradient_filter, eps, "filter_eps='auto': near the rounding of the dtype"
+    reason = "filter_eps='auto': near the rounding of the dtype"
+    return Filter(problem.gradient_filter, eps, *sides, reason)
 
 
-def choose_sweeps(filtered_e: bool, filtered_c: bool, *, together: bool) -> tuple[Sweep, ...]:
+def choose_sweeps(chosen: Filter, *, together: bool) -> tuple[Sweep, ...]:
     """Return one sweep for both gradients, or one for each."""
     if together:
-        return (Sweep(True, True, filtered_e),)
-    return (Sweep(True, False, filtered_e), Sweep(False, True, filtered_c))
+        return (Sweep(True, True, chosen.e),)
+    return (Sweep(True, False, chosen.e), Sweep(False, True, chosen.c))
 
 
 def whole(size: int, unit: int) -> int:
