@@ -103,9 +103,10 @@ class Tolerances:
         self.exponent = (
             self.z + self.lse[:, None] + 2 * u * (np.abs(z) + np.abs(oracle.lse)[:, None])
         )
-        # Below the normal numbers exp may flush to zero.
-        flushed = float(ml_dtypes.finfo(DTYPES[self.sums]).smallest_normal)
-        self.p = oracle.p * np.expm1(self.exponent + FUNCTION * u) + flushed
+        # Below the normal numbers a result may be flushed to zero: that of exp anywhere, that of
+        # any operation on a GPU (docs/gpu.md).
+        self.flushed = float(ml_dtypes.finfo(DTYPES[self.sums]).smallest_normal)
+        self.p = oracle.p * np.expm1(self.exponent + FUNCTION * u) + self.flushed
         self.below_max = below_max
 
     def _of_target(self, matrix):
@@ -171,7 +172,6 @@ class Tolerances:
             (size + error)[:, None] * self.p
             + error[:, None] * o.p
             + rounded * magnitude
-            + smallest(self.sums)
         )
         return dz, magnitude
 
@@ -185,8 +185,13 @@ class Tolerances:
             error = error + np.where(
                 o.present, magnitude * (2 * self.z / o.softcap + (2 * FUNCTION + 4) * u), 0.0
             )
+        # Three products and two differences make a dz; then each term of a sum may be flushed.
+        error = error + np.where(o.present, 5 * self.flushed, 0.0)
+        n, v = size.shape
         de_valid = scale * (error + (self.over_vocab + 3 * u) * size) @ np.abs(o.c)
+        de_valid += (v + 1) * self.flushed
         dc = scale * (error + (self.over_tokens + 3 * u) * size).T @ np.abs(o.e)
+        dc += np.where(o.present[:, None], (n + 1) * self.flushed, 0.0)
         dbias = (error + (self.over_tokens + 3 * u) * size).sum(axis=0)
         de = np.zeros((int(np.prod(o.shape)), o.c.shape[1]))
         de[o.e_rows] = de_valid + rounding(gradients[0].reshape(de.shape)[o.e_rows], self.dtype)
