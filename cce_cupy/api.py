@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
@@ -385,12 +386,30 @@ def _prepare(arguments: dict[str, Any]) -> _Prepared:
         for name in _ARRAYS
         if name in required or arguments.get(name) is not None
     }
-    options = Options(**{name: arguments[name] for name in arguments if name not in _ARRAYS})
     framework = select(arrays)
-    specs: dict[str, ArraySpec] = {
-        name: framework.describe(name, array) for name, array in arrays.items()
-    }
-    problem = Problem.check(specs, options)
-    # The plan of a GPU call depends on the device, which its framework knows.
-    plan = make_plan(problem) if problem.device == "cpu" else None
+    specs = tuple(framework.describe(name, array) for name, array in arrays.items())
+    options = {name: value for name, value in arguments.items() if name not in _ARRAYS}
+    checked = (tuple(arrays), specs, tuple(options), tuple(options.values()))
+    # Equal values of other types may be refused: True for 1.
+    types = tuple(map(type, options.values()))
+    try:
+        problem, plan = _check(*checked, types)
+    except TypeError:
+        # An option that cannot be a key, or an argument that is refused: again, to say so.
+        problem, plan = _check.__wrapped__(*checked, types)
     return _Prepared(framework, problem, plan, arrays)
+
+
+@functools.lru_cache(maxsize=256)
+def _check(
+    names: tuple[str, ...],
+    specs: tuple[ArraySpec, ...],
+    option_names: tuple[str, ...],
+    values: tuple[Any, ...],
+    types: tuple[type, ...],
+) -> tuple[Problem, Plan | None]:
+    """Check and plan; kept, since the calls of a training run are alike."""
+    options = Options(**dict(zip(option_names, values, strict=True)))
+    problem = Problem.check(dict(zip(names, specs, strict=True)), options)
+    # The plan of a GPU call depends on the device, which its framework knows.
+    return problem, make_plan(problem) if problem.device == "cpu" else None

@@ -9,37 +9,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .signatures import PARAMETERS
+
 DTYPES = {"float64": 0, "float32": 1, "float16": 2, "bfloat16": 3}
 """CCE_DTYPE of kernels_cu/number.cuh."""
 
-
-KERNELS = {
-    "portable/tokens.cu": (
-        "map_rows",
-        "smoothing_weights",
-        "finish_rows",
-        "reduce_loss",
-        "row_factors",
-        "fill_integers",
-    ),
-    "portable/forward.cu": ("first_bound", "forward", "forward_statistics"),
-    "portable/backward.cu": (
-        "list_columns",
-        "dlogits",
-        "dembedding",
-        "dclassifier",
-        "weighted_rows",
-        "sum_rows",
-    ),
-    "sm90/forward.cu": (
-        "target_logits",
-        "forward_pairs",
-        "forward_single",
-        "forward_options",
-        "forward_statistics",
-        "merge_units",
-    ),
-}
+KERNELS = {file: tuple(kernels) for file, kernels in PARAMETERS.items()}
 """The kernels of each source file."""
 
 _HOPPER_SHARED_BYTES = 227_328

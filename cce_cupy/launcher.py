@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from types import TracebackType
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from . import driver
 from .compiler import import_cupy, kernel, shared_bytes
 from .plan import ITEMSIZE, MARGIN, ROW_TILE, TILE_COLUMNS, GpuPlan, HopperForward, Sweep
 from .problem import Problem
+from .signatures import layout
 from .tensor_map import tensor_map
 
 _BLOCK = 128
@@ -19,70 +21,34 @@ _PRODUCT_THREADS = 256
 """kThreads there."""
 
 _THREADS = 256
+"""kRowThreads of kernels_cu/portable/tokens.cu."""
+
 _WALKERS = 1024
-"""kWalkers of kernels_cu/portable/tokens.cu."""
+"""kWalkers there."""
 
-# Mirrors of the structs that kernels take by value, in the C compiler's layout.
-_POINTER, _INT64, _INT32, _FLOAT64 = np.uint64, np.int64, np.int32, np.float64
-
-
-def _struct(**fields: Any) -> np.dtype[Any]:
-    return np.dtype(list(fields.items()), align=True)
-
-
-_MATRIX = _struct(data=_POINTER, stride=_INT64, aligned=_INT32)
-_LOGIT_OPTIONS = _struct(scale=_FLOAT64, softcap=_FLOAT64)
-_FILTER = _struct(eps=_FLOAT64, slack=_FLOAT64, unbiased=_INT32)
-_ROW_MAP = _struct(
-    source=_POINTER, position=_POINTER, target=_POINTER, count=_POINTER, seed=_POINTER
-)
-_TARGETS = _struct(data=_POINTER, bytes=_INT32, is_signed=_INT32)
 _SEGMENT_FIELDS = (
     "reference", "rest", "target_logit", "smoothed", "total", "weighted", "best", "argmax",
 )  # fmt: skip
-_SEGMENT_SUMS = _struct(**dict.fromkeys(_SEGMENT_FIELDS, _POINTER))
-_SEGMENTS = _struct(**dict.fromkeys(_SEGMENT_FIELDS, _POINTER), number=_INT64, capacity=_INT64)
-_LOSS_OPTIONS = _struct(label_smoothing=_FLOAT64, z_loss=_FLOAT64)
-_WEIGHTS = _struct(of_class=_POINTER, of_token=_POINTER, smoothing_total=_POINTER)
-_LISTS = _struct(column=_POINTER, before=_POINTER, width=_INT32)
-_ROW_FACTORS = _struct(softmax=_POINTER, onehot=_POINTER, smoothing=_POINTER)
-_RECORDS = _struct(dz=_POINTER, column=_POINTER)
 _UNIT_FIELDS = ("reference", "rest", "smoothed", "weighted", "best", "argmax")
-_UNIT_SUMS = _struct(**dict.fromkeys(_UNIT_FIELDS, _POINTER))
-_FORWARD_ARGUMENTS = _struct(
-    e=_MATRIX, map=_ROW_MAP, bias=_POINTER, smoothing=_POINTER, dim=_INT64, vocab=_INT64,
-    options=_LOGIT_OPTIONS, filter=_FILTER, unit_tiles=_INT32, group=_INT32, own=_POINTER,
-    bound=_POINTER, target_logit=_POINTER, out=_UNIT_SUMS, capacity=_INT64, bits=_POINTER,
-    words=_INT64,
-)  # fmt: skip
-_MERGE_ROWS = 32
+_MERGE_ROWS, _MERGERS = 32, 16
+"""Rows of a block of finish_rows of kernels_cu/sm90/forward.cu, and kMergers there."""
+
 _DEPTH = 64
 """kTileK of kernels_cu/sm90/tile.cuh."""
 
 _FORWARD_THREADS = 384
 """kThreads of kernels_cu/sm90/forward.cu."""
 
-
-def _pack(layout: np.dtype[Any], *values: Any) -> np.ndarray[Any, Any]:
-    packed = np.zeros((), layout)
-    packed[()] = values
-    return packed
+_SLACK = math.exp(-MARGIN)
 
 
-def _opaque(argument: Any) -> Any:
-    """Return a struct as bytes: CuPy looks at each of its fields, at every launch."""
-    if argument.dtype.names is None:
-        return argument
-    return argument.reshape(1).view(f"V{argument.dtype.itemsize}")
-
-
-def _as_int64(value: int) -> tuple[np.int64, np.int32]:
+def _as_int64(value: int) -> tuple[int, int]:
     """Return an integer's low 64 bits, and whether a uint64 alone can hold it (1) or none (2)."""
     low = value & (2**64 - 1)
-    wrapped = np.int64(low - 2**64 if low >= 2**63 else low)
+    wrapped = low - 2**64 if low >= 2**63 else low
     if -(2**63) <= value < 2**63:
-        return wrapped, np.int32(0)
-    return wrapped, np.int32(1 if 0 <= value < 2**64 else 2)
+        return wrapped, 0
+    return wrapped, 1 if 0 <= value < 2**64 else 2
 
 
 class DeviceMatrix(NamedTuple):
@@ -134,18 +100,8 @@ class _Part(NamedTuple):
     right: int
 
 
-class _ForeignStream:
-    """A raw stream handle, as CuPy takes those of others."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._handle
-
-
 class Launcher:
-    """The launches of one call on one device and stream.
+    """The launches of one call on one device and stream: within ``with``, on its device.
 
     Parameters
     ----------
@@ -169,31 +125,40 @@ class Launcher:
         stream: int,
     ) -> None:
         self.problem, self.plan, self.inputs, self.room = problem, plan, inputs, room
-        self.device = device
-        self.context = import_cupy().cuda.Device(device)
-        self.stream = import_cupy().cuda.Stream.from_external(_ForeignStream(stream))
+        self.device, self.stream = device, stream
+        self.runtime = import_cupy().cuda.runtime
         e, c = inputs.e, inputs.c
-        self.e = _pack(_MATRIX, e.pointer, e.stride, e.aligned)
-        self.c = _pack(_MATRIX, c.pointer, c.stride, c.aligned)
-        self.logit_options = _pack(_LOGIT_OPTIONS, problem.logit_scale, problem.softcap or 0.0)
-        self.loss_options = _pack(_LOSS_OPTIONS, problem.label_smoothing, problem.z_loss)
-        self.map = _pack(
-            _ROW_MAP, *(room[name] for name in ("source", "position", "target", "count", "seed"))
-        )
-        self.no_map = _pack(_ROW_MAP, 0, 0, 0, 0, 0)
-        self.weights = _pack(
-            _WEIGHTS,
+        self.e, self.c = (e.pointer, e.stride, e.aligned), (c.pointer, c.stride, c.aligned)
+        self.logit_options = problem.logit_scale, problem.softcap or 0.0
+        self.loss_options = problem.label_smoothing, problem.z_loss
+        self.map = tuple(room[x] for x in ("source", "position", "target", "count", "seed"))
+        self.weights = (
             inputs.class_weight,
             inputs.token_weight,
             room["smoothing_total"] if plan.smooths else 0,
         )
 
+    def __enter__(self) -> Launcher:
+        self._before = self.runtime.getDevice()
+        # Also where it is this one: a thread's first call binds the device to it.
+        self.runtime.setDevice(self.device)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._before != self.device:
+            self.runtime.setDevice(self._before)
+
     def launch(
         self,
         file: str,
         name: str,
-        grid: tuple[int, ...],
-        block: tuple[int, ...],
+        grid: tuple[int, int],
+        block: tuple[int, int],
         *arguments: Any,
     ) -> None:
         """Launch a kernel; a grid without blocks is no launch."""
@@ -201,81 +166,76 @@ class Launcher:
             return
         source = f"{file}.cu"
         function = kernel(self.device, source, name, self.problem.dtype)
-        shared = shared_bytes(source, name)
-        plain = tuple(_opaque(argument) for argument in arguments)
-        with self.context:
-            function(grid, block, plain, shared_mem=shared, stream=self.stream)
+        driver.launch(
+            function.kernel.ptr, grid, block, shared_bytes(source, name), self.stream,
+            layout(source, name), arguments,
+        )  # fmt: skip
 
-    def map_rows(self) -> None:
+    def map_rows(self, *, unbounded: int) -> None:
         """Find the rows that count, the classes' weights, and zero what only some rows write."""
-        problem, room, plan = self.problem, self.room, self.plan
-        targets = _pack(
-            _TARGETS, self.inputs.targets, self.inputs.target_bytes, self.inputs.target_signed
-        )
+        problem, room, inputs = self.problem, self.room, self.inputs
         length = problem.batch_shape[-1] if problem.batch_shape else 1
         self.launch(
-            "portable/tokens", "map_rows", (1,), (_WALKERS,),
-            targets, np.int64(problem.tokens), np.int64(max(length, 1)), np.int64(problem.shift),
-            *_as_int64(problem.ignore_index), np.int64(problem.vocab),
-            np.int32(problem.seed is not None), np.uint64(problem.seed or 0),
-            *(np.uint64(room[name]) for name in (
-                "source", "position", "target", "count", "seed", "first_wrong")),
+            "portable/tokens", "map_rows", (1, 1), (_WALKERS, 1),
+            inputs.targets, inputs.target_bytes, inputs.target_signed,
+            problem.tokens, max(length, 1), problem.shift, *_as_int64(problem.ignore_index),
+            problem.vocab, problem.seed is not None, problem.seed or 0, *self.map,
+            room["first_wrong"], unbounded, room["done"],
         )  # fmt: skip
-        if plan.smooths:
+        if self.plan.smooths:
             self.launch(
-                "portable/tokens", "smoothing_weights", (1,), (_WALKERS,),
-                np.uint64(self.inputs.bias), np.uint64(self.inputs.class_weight),
-                np.int64(problem.vocab), np.float64(problem.label_smoothing),
-                np.uint64(room["smoothing"]), np.uint64(room["smoothing_total"]),
+                "portable/tokens", "smoothing_weights", (1, 1), (_WALKERS, 1),
+                inputs.bias, inputs.class_weight, problem.vocab, problem.label_smoothing,
+                room["smoothing"], room["smoothing_total"],
             )  # fmt: skip
 
     def fill_words(self, pointer: int, nbytes: int, value: int = 0) -> None:
         """Set 8-byte words of workspace."""
         blocks = min(-(-nbytes // 8 // _THREADS), 1024)
         self.launch(
-            "portable/tokens", "fill_integers", (blocks,), (_THREADS,),
-            np.uint64(pointer), np.int64(nbytes // 8), np.int64(value),
+            "portable/tokens", "fill_integers", (blocks, 1), (_THREADS, 1),
+            pointer, nbytes // 8, value,
         )  # fmt: skip
 
     def forward(self, *, bits: int, statistics: bool) -> None:
-        """Visit every logit; leave the segments' sums, and the bits where asked for."""
+        """Visit every logit; leave the segments' or units' sums, and the bits where asked for."""
         if self.plan.hopper is not None:
             self._forward_on_hopper(self.plan.hopper, bits=bits, statistics=statistics)
             return
         problem, plan, room = self.problem, self.plan, self.room
-        dim, vocab = np.int64(problem.dim), np.int64(problem.vocab)
         self.launch(
-            "portable/forward", "first_bound", (plan.tiles,), (_PRODUCT_THREADS,),
-            self.e, self.c, np.uint64(self.inputs.bias), dim, self.logit_options, self.map,
-            np.uint64(room["bound"]), np.uint64(room["own"]),
+            "portable/forward", "first_bound", (plan.tiles, 1), (_PRODUCT_THREADS, 1),
+            *self.e, *self.c, self.inputs.bias, problem.dim, *self.logit_options, *self.map,
+            room["bound"], room["own"],
         )  # fmt: skip
-        sums = [room[f"segment_{name}"] for name in _SEGMENT_FIELDS[:4]]
-        sums += [room[f"segment_{name}"] if statistics else 0 for name in _SEGMENT_FIELDS[4:]]
         self.launch(
             "portable/forward", "forward_statistics" if statistics else "forward",
-            (plan.tiles, plan.segments), (_PRODUCT_THREADS,),
-            self.e, self.c, np.uint64(self.inputs.bias),
-            np.uint64(room["smoothing"] if plan.smooths else 0), dim, vocab,
-            np.int64(plan.segment_columns), np.int64(plan.capacity), self.logit_options,
-            self.filter(), self.map, np.uint64(room["bound"]), np.uint64(room["own"]),
-            _pack(_SEGMENT_SUMS, *sums),
-            np.uint64(bits), np.int64(plan.words),
+            (plan.tiles, plan.segments), (_PRODUCT_THREADS, 1),
+            *self.e, *self.c, self.inputs.bias, room["smoothing"] if plan.smooths else 0,
+            problem.dim, problem.vocab, plan.segment_columns, plan.capacity, *self.logit_options,
+            *self.filter(), *self.map, room["bound"], room["own"],
+            *self._segment_sums(statistics), bits, plan.words,
         )  # fmt: skip
+
+    def _segment_sums(self, statistics: bool) -> list[int]:
+        sums = [self.room[f"segment_{name}"] for name in _SEGMENT_FIELDS[:4]]
+        rest = _SEGMENT_FIELDS[4:]
+        return sums + [self.room[f"segment_{name}"] if statistics else 0 for name in rest]
+
+    def _unit_sums(self, statistics: bool) -> list[int]:
+        asked = {"reference", "rest"}
+        asked |= {"smoothed"} if self.plan.smooths else set()
+        asked |= {"weighted", "best", "argmax"} if statistics else set()
+        return [self.room[f"unit_{name}"] if name in asked else 0 for name in _UNIT_FIELDS]
 
     def _forward_on_hopper(self, cut: HopperForward, *, bits: int, statistics: bool) -> None:
         problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
-        dim, bias, own = np.int64(problem.dim), np.uint64(inputs.bias), np.uint64(room["own"])
-        bound, target_logit = np.uint64(room["bound"]), np.uint64(room["segment_target_logit"])
-        if bits:
-            self.fill_words(bits, plan.saved["bits"])
+        own, bound, target_logit = room["own"], room["bound"], room["target_logit"]
         self.launch(
-            "sm90/forward", "target_logits", (-(-plan.capacity * 32 // _THREADS),), (_THREADS,),
-            self.e, self.c, bias, dim, self.logit_options, self.map, own, bound, target_logit,
+            "sm90/forward", "target_logits", (-(-plan.capacity * 32 // _THREADS), 1), (_THREADS, 1),
+            *self.e, *self.c, inputs.bias, problem.dim, *self.logit_options, *self.map, own, bound,
+            target_logit, bits, plan.saved["bits"] // 4 if bits else 0,
         )  # fmt: skip
-        asked = {"reference", "rest"}
-        asked |= {"smoothed"} if plan.smooths else set()
-        asked |= {"weighted", "best", "argmax"} if statistics else set()
-        units = tuple(room[f"unit_{name}"] if name in asked else 0 for name in _UNIT_FIELDS)
         name = "forward_statistics" if statistics else cut.kernel
         if not statistics and (
             plan.smooths or inputs.bias or problem.logit_scale != 1.0 or problem.softcap is not None
@@ -284,34 +244,23 @@ class Launcher:
         cluster = 1 if name == "forward_single" else 2
         # Pairs need an even number of blocks.
         blocks = -(-cut.blocks // cluster) * cluster
-        box = ROW_TILE, _DEPTH
-        e_map = tensor_map(
-            inputs.e.pointer, (problem.tokens, problem.dim), inputs.e.stride, problem.dtype, box
-        )
-        box = TILE_COLUMNS // cluster, _DEPTH
-        c_map = tensor_map(
-            inputs.c.pointer, (problem.vocab, problem.dim), inputs.c.stride, problem.dtype, box
-        )
-        arguments = _pack(
-            _FORWARD_ARGUMENTS, self.e, self.map, inputs.bias,
-            room["smoothing"] if plan.smooths else 0, problem.dim, problem.vocab,
-            self.logit_options, self.filter(), cut.unit_tiles, cut.group, own, bound, target_logit,
-            units, plan.capacity, bits, plan.words,
-        )  # fmt: skip
-        self.launch("sm90/forward", name, (blocks,), (_FORWARD_THREADS,), e_map, c_map, arguments)
-        sums = [room[f"segment_{name}"] for name in ("reference", "rest", "smoothed")]
-        sums += [room[f"segment_{name}"] if statistics else 0 for name in _SEGMENT_FIELDS[4:]]
+        shape = problem.tokens, problem.dim
+        e_maps = [
+            tensor_map(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, (rows, _DEPTH))
+            for rows in (ROW_TILE, 8, 1)
+        ]
+        shape, box = (problem.vocab, problem.dim), (TILE_COLUMNS // cluster, _DEPTH)
+        c_map = tensor_map(inputs.c.pointer, shape, inputs.c.stride, problem.dtype, box)
         self.launch(
-            "sm90/forward", "merge_units", (-(-plan.capacity // _MERGE_ROWS),), (_MERGE_ROWS, 16),
-            self.map, _pack(_UNIT_SUMS, *units), np.int64(cut.parts), np.int64(plan.capacity),
-            target_logit, *(np.uint64(at) for at in sums),
+            "sm90/forward", name, (blocks, 1), (_FORWARD_THREADS, 1), *e_maps, c_map,
+            *self.map, inputs.bias, room["smoothing"] if plan.smooths else 0, problem.dim,
+            problem.vocab, *self.logit_options, *self.filter(), cut.unit_tiles, cut.group,
+            own, bound, target_logit, *self._unit_sums(statistics), plan.capacity, bits, plan.words,
         )  # fmt: skip
 
-    def filter(self) -> np.ndarray[Any, Any]:
+    def filter(self) -> tuple[float, float, bool]:
         """Return the filter in force."""
-        plan = self.plan
-        unbiased = plan.gradient_filter == "unbiased"
-        return _pack(_FILTER, plan.filter_eps, np.exp(-MARGIN), unbiased)
+        return self.plan.filter_eps, _SLACK, self.plan.gradient_filter == "unbiased"
 
     def finish(
         self,
@@ -323,25 +272,27 @@ class Launcher:
         argmax: int = 0,
         unbounded: int = 0,
     ) -> None:
-        """Merge the segments, place what depends on tokens, and reduce the loss."""
+        """Merge the sums of each row, place what depends on tokens, and sum the losses."""
         problem, plan, room = self.problem, self.plan, self.room
-        by_token = problem.reduction == "none"
-        statistics = argmax != 0
-        sums = [room[f"segment_{name}"] for name in _SEGMENT_FIELDS[:4]]
-        sums += [room[f"segment_{name}"] if statistics else 0 for name in _SEGMENT_FIELDS[4:]]
-        parts = _pack(_SEGMENTS, *sums, plan.segments if problem.vocab else 0, plan.capacity)
-        self.launch(
-            "portable/tokens", "finish_rows", (-(-plan.capacity // _THREADS),), (_THREADS,),
-            self.map, parts, self.loss_options, self.weights,
-            np.uint64(room["row_loss"]), np.uint64(room["row_lse"]),
-            np.uint64(loss if by_token else 0),
-            *(np.uint64(p) for p in (lse, log_prob, entropy, argmax, unbounded)),
+        by_token, statistics = problem.reduction == "none", argmax != 0
+        outputs = (
+            *self.loss_options, *self.weights,
+            room["row_lse"], loss if by_token else 0, lse, log_prob, entropy, argmax, unbounded,
+            room["loss_parts"], room["done"], problem.reduction == "mean", room["normalizer"],
+            0 if by_token else loss,
         )  # fmt: skip
+        # One block at least: it places the loss of no rows.
+        if plan.hopper is not None:
+            self.launch(
+                "sm90/forward", "finish_rows", (max(-(-plan.capacity // _MERGE_ROWS), 1), 1),
+                (_MERGE_ROWS, _MERGERS), *self.map, *self._unit_sums(statistics),
+                plan.hopper.parts, plan.capacity, room["target_logit"], *outputs,
+            )  # fmt: skip
+            return
         self.launch(
-            "portable/tokens", "reduce_loss", (1,), (_WALKERS,),
-            self.map, self.weights, np.int32(problem.reduction == "mean"),
-            np.uint64(room["row_loss"]), np.uint64(room["normalizer"]),
-            np.uint64(0 if by_token else loss),
+            "portable/tokens", "finish_rows", (max(-(-plan.capacity // _THREADS), 1), 1),
+            (_THREADS, 1), *self.map, *self._segment_sums(statistics),
+            plan.segments if problem.vocab else 0, plan.capacity, *outputs,
         )  # fmt: skip
 
     def backward(
@@ -359,11 +310,10 @@ class Launcher:
         """Form the gradients, one range of columns at a time."""
         problem, plan, room = self.problem, self.plan, self.room
         self.launch(
-            "portable/tokens", "row_factors", (-(-plan.capacity // _THREADS),), (_THREADS,),
-            self.map, self.loss_options, self.weights, np.uint64(self.inputs.bias),
-            *(np.uint64(room[name]) for name in ("normalizer", "row_lse")),
-            np.uint64(dloss), np.int32(problem.reduction == "none"), np.uint64(dlse),
-            *(np.uint64(room[f"factor_{name}"]) for name in ("softmax", "onehot", "smoothing")),
+            "portable/tokens", "row_factors", (-(-plan.capacity // _THREADS), 1), (_THREADS, 1),
+            *self.map, *self.loss_options, *self.weights, self.inputs.bias,
+            room["normalizer"], room["row_lse"], dloss, problem.reduction == "none", dlse,
+            *self._factors(),
         )  # fmt: skip
         rank_one = plan.smooths and problem.softcap is None
         if rank_one:
@@ -388,77 +338,69 @@ class Launcher:
             return (_Part(*t, *c) for c in columns for t in tiles)
         return (_Part(*t, *c) for t in tiles for c in columns)
 
+    def _factors(self) -> tuple[int, ...]:
+        return tuple(self.room[f"factor_{name}"] for name in ("softmax", "onehot", "smoothing"))
+
     def _smoothing_sums(self) -> None:
         problem, plan, room = self.problem, self.plan, self.room
-        dim = np.int64(problem.dim)
-        grid = (-(-problem.dim // 32), plan.smoothing_parts)
+        grid, no_map = (-(-problem.dim // 32), plan.smoothing_parts), (0, 0, 0, 0, 0)
         self.launch(
             "portable/backward", "weighted_rows", grid, (32, 8),
-            self.c, np.int64(problem.vocab), dim, self.no_map, np.uint64(room["smoothing"]),
-            np.uint64(room["smoothing_classifier"]),
+            *self.c, problem.vocab, problem.dim, *no_map, room["smoothing"],
+            room["smoothing_classifier"],
         )  # fmt: skip
         self.launch(
             "portable/backward", "weighted_rows", grid, (32, 8),
-            self.e, np.int64(0), dim, self.map, np.uint64(room["factor_smoothing"]),
-            np.uint64(room["smoothing_embedding"]),
+            *self.e, 0, problem.dim, *self.map, room["factor_smoothing"],
+            room["smoothing_embedding"],
         )  # fmt: skip
         self.launch(
-            "portable/backward", "sum_rows", (1,), (_PRODUCT_THREADS,),
-            self.map, np.uint64(room["factor_smoothing"]), np.uint64(room["smoothing_rows"]),
+            "portable/backward", "sum_rows", (1, 1), (_PRODUCT_THREADS, 1),
+            *self.map, room["factor_smoothing"], room["smoothing_rows"],
         )  # fmt: skip
 
     def _part(self, sweep: Sweep, part: _Part, outputs: _Gradients) -> None:
         """Work on some row tiles and columns: their lists, dz, and its products."""
         problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
-        dim, tiles = np.int64(problem.dim), part.last_tile - part.first_tile
+        dim, tiles = problem.dim, part.last_tile - part.first_tile
         width = -(-(part.right - part.left) // _BLOCK) * _BLOCK
-        lists = _pack(_LISTS, room["list_column"], room["list_before"], width)
+        lists = room["list_column"], room["list_before"], width
         with_bias = outputs.dbias if sweep.c else 0
-        records = _pack(_RECORDS, room["dz"], room["dz_column"] if with_bias else 0)
-        factors = _pack(
-            _ROW_FACTORS, *(room[f"factor_{name}"] for name in ("softmax", "onehot", "smoothing"))
-        )
+        records = room["dz"], room["dz_column"] if with_bias else 0
         rank_one = plan.smooths and problem.softcap is None
         smoothing = room["smoothing"] if plan.smooths else 0
-        parts = np.int32(plan.smoothing_parts)
-        scale = np.float64(problem.logit_scale)
-        first_tile, left, right = (np.int64(x) for x in (part.first_tile, part.left, part.right))
-        filter_ = self.filter() if sweep.filtered else _pack(_FILTER, 0.0, 1.0, 0)
         self.launch(
-            "portable/backward", "list_columns", (tiles,), (_PRODUCT_THREADS,),
-            self.map, np.uint64(outputs.bits if sweep.filtered else 0), np.int64(plan.words),
-            np.uint64(outputs.unbounded), first_tile, left, right, lists,
+            "portable/backward", "list_columns", (tiles, 1), (_PRODUCT_THREADS, 1),
+            *self.map, outputs.bits if sweep.filtered else 0, plan.words, outputs.unbounded,
+            part.first_tile, part.left, part.right, *lists,
         )  # fmt: skip
         counts = sweep.filtered and (sweep.c or not problem.filter_c_grad)
         self.launch(
-            "portable/backward", "dlogits", (tiles, width // _BLOCK), (_PRODUCT_THREADS,),
-            self.e, self.c, np.uint64(inputs.bias), dim, first_tile, left, self.logit_options,
-            filter_, self.map, lists, np.uint64(room["row_lse"]), factors,
-            np.uint64(0 if rank_one else smoothing), records,
-            np.uint64(outputs.passed if counts else 0),
+            "portable/backward", "dlogits", (tiles, width // _BLOCK), (_PRODUCT_THREADS, 1),
+            *self.e, *self.c, inputs.bias, dim, part.first_tile, part.left, *self.logit_options,
+            *(self.filter() if sweep.filtered else (0.0, 1.0, False)), *self.map, *lists,
+            room["row_lse"], *self._factors(), 0 if rank_one else smoothing, *records,
+            outputs.passed if counts else 0,
         )  # fmt: skip
-        d_blocks = -(-problem.dim // _BLOCK)
+        d_blocks = -(-dim // _BLOCK)
         if sweep.e:
             # Where both gradients are formed at once the sums of all rows are held.
             row = part.first_tile * ROW_TILE if sweep.c else 0
-            sums = room["de_sums"] + row * problem.dim * ITEMSIZE[problem.accumulator]
+            sums = room["de_sums"] + row * dim * ITEMSIZE[problem.accumulator]
             self.launch(
-                "portable/backward", "dembedding", (tiles, d_blocks), (_PRODUCT_THREADS,),
-                self.c, np.uint64(inputs.bias), dim, first_tile, left, scale, self.map, lists,
-                records, np.uint64(room["factor_smoothing"]),
-                np.uint64(room["smoothing_classifier"] if rank_one else 0), parts,
-                np.uint64(sums), np.int32(part.left == 0), np.int32(part.right == problem.vocab),
-                np.uint64(outputs.de),
+                "portable/backward", "dembedding", (tiles, d_blocks), (_PRODUCT_THREADS, 1),
+                *self.c, inputs.bias, dim, part.first_tile, part.left, problem.logit_scale,
+                *self.map, *lists, *records, room["factor_smoothing"],
+                room["smoothing_classifier"] if rank_one else 0, plan.smoothing_parts,
+                sums, part.left == 0, part.right == problem.vocab, outputs.de,
             )  # fmt: skip
         if sweep.c:
             grid = (width // _BLOCK, max(d_blocks, 1))
             self.launch(
-                "portable/backward", "dclassifier", grid, (_PRODUCT_THREADS,),
-                self.e, dim, left, right, scale, self.map, lists, records,
-                first_tile, np.int64(part.last_tile), np.uint64(smoothing),
-                np.uint64(room["smoothing_embedding"] if rank_one else 0), parts,
-                np.uint64(room["smoothing_rows"] if rank_one else 0),
-                np.uint64(room["dc_sums"]), np.uint64(room["dbias_sums"]),
-                np.int32(part.first_tile == 0), np.int32(part.last_tile == plan.tiles),
-                np.uint64(outputs.dc), np.uint64(with_bias),
+                "portable/backward", "dclassifier", grid, (_PRODUCT_THREADS, 1),
+                *self.e, dim, part.left, part.right, problem.logit_scale, *self.map, *lists,
+                *records, part.first_tile, part.last_tile, smoothing,
+                room["smoothing_embedding"] if rank_one else 0, plan.smoothing_parts,
+                room["smoothing_rows"] if rank_one else 0, room["dc_sums"], room["dbias_sums"],
+                part.first_tile == 0, part.last_tile == plan.tiles, outputs.dc, with_bias,
             )  # fmt: skip

@@ -6,11 +6,12 @@ about, what was given and what is accepted.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,7 @@ GRADIENT_FILTERS = ("unbiased", "threshold")
 DEVICES = ("cpu", "cuda")
 
 
-@dataclass(frozen=True)
-class ArraySpec:
+class ArraySpec(NamedTuple):
     """What an array argument looks like from outside, in any framework.
 
     Attributes
@@ -108,12 +108,12 @@ class Problem:
     check_targets: bool
     workspace_bytes: int | None
 
-    @property
+    @functools.cached_property
     def tokens(self) -> int:
         """Number of targets, ignored ones included."""
         return math.prod(self.batch_shape)
 
-    @property
+    @functools.cached_property
     def accumulator(self) -> str:
         """Dtype of sums, of the loss and of lse: float64 for float64, else float32."""
         return "float64" if self.dtype == "float64" else "float32"

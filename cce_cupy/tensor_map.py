@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
 
-import numpy as np
+from .driver import library
 
 _BYTES = 128  # of a CUtensorMap, which lies at a multiple of 64
 _KIND = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
@@ -15,12 +14,14 @@ _PROMOTE_256 = 3  # of L2 sectors
 _ITEM = 2
 
 
+@functools.lru_cache(maxsize=1024)
 def tensor_map(
     pointer: int, shape: tuple[int, int], stride: int, dtype: str, box: tuple[int, int]
-) -> np.ndarray[Any, Any]:
+) -> bytes:
     """Describe a matrix whose boxes are copied, swizzled, to rows of 128 bytes.
 
-    What of a box lies outside the matrix comes as zeros.
+    What of a box lies outside the matrix comes as zeros. Descriptions are kept: training comes
+    back to the same addresses.
 
     Parameters
     ----------
@@ -37,7 +38,7 @@ def tensor_map(
 
     Returns
     -------
-    ndarray of size one
+    bytes
         To be passed to a kernel by value.
 
     Raises
@@ -45,14 +46,14 @@ def tensor_map(
     RuntimeError
         When the driver refuses.
     """
-    room = np.zeros(_BYTES + 64, np.uint8)
-    offset = -room.ctypes.data % 64
+    room = ctypes.create_string_buffer(_BYTES + 64)
+    offset = -ctypes.addressof(room) % 64
     dims = (ctypes.c_uint64 * 2)(shape[1], shape[0])
     strides = (ctypes.c_uint64 * 1)(stride * _ITEM)
     boxes = (ctypes.c_uint32 * 2)(box[1], box[0])
     steps = (ctypes.c_uint32 * 2)(1, 1)
-    status = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(room.ctypes.data + offset),
+    status = library().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(room) + offset),
         _KIND[dtype], 2, ctypes.c_void_p(pointer), dims, strides, boxes, steps,
         0, _SWIZZLE_128, _PROMOTE_256, 0,
     )  # fmt: skip
@@ -61,9 +62,4 @@ def tensor_map(
             f"the driver refused to describe a matrix of {shape[0]} x {shape[1]} {dtype}, rows "
             f"{stride} elements apart, at {pointer:#x}: CUDA error {status}"
         )
-    return np.frombuffer(room[offset : offset + _BYTES].tobytes(), f"V{_BYTES}")
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    return room.raw[offset : offset + _BYTES]

@@ -65,6 +65,28 @@ def test_warnings_are_complaints(line: str) -> None:
     assert read_log(line + "\n\0")[1] == [line]
 
 
+def test_parameters_are_compared_with_the_signatures() -> None:
+    ptx = """
+.visible .entry fill_integers(
+	.param .u64 .ptr .align 1 fill_integers_param_0,
+	.param .u64 fill_integers_param_1,
+	.param .u32 fill_integers_param_2
+)
+.visible .entry takes_structs(
+	.param .align 8 .b8 takes_structs_param_0[24],
+	.param .f64 takes_structs_param_1
+)
+"""
+    assert kernel_resources.read_parameters(ptx) == {
+        "fill_integers": [8, 8, 4],
+        "takes_structs": [24, 8],
+    }
+    unit = Unit("portable/tokens.cu", "float32", "sm_80")
+    assert kernel_resources.complain_of_parameters(unit, ptx) == [
+        "fill_integers takes parameters of [8, 8, 4] bytes, signatures.py says [8, 8, 8]"
+    ]
+
+
 def test_table_shows_the_most_and_where() -> None:
     reports = [
         Report(Unit("portable/a.cu", "float32", arch), {"f": Resources(n, 64)}, [], 1.0)

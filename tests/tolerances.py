@@ -168,11 +168,7 @@ class Tolerances:
         magnitude = size[:, None] * o.p + upstream[:, None] * o.smooth
         magnitude[np.arange(len(o.target)), o.target] += upstream * plain
         rounded = 4 * u + (self.over_tokens if o.reduction == "mean" else 0.0)
-        dz = (
-            (size + error)[:, None] * self.p
-            + error[:, None] * o.p
-            + rounded * magnitude
-        )
+        dz = (size + error)[:, None] * self.p + error[:, None] * o.p + rounded * magnitude
         return dz, magnitude
 
     def products(self, dz, magnitude, gradients):

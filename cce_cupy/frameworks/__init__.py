@@ -43,7 +43,21 @@ def select(arrays: Mapping[str, Any]) -> Framework:
     return chosen
 
 
+_of_type: dict[type, Framework] = {}
+"""Frameworks by the type of their arrays, as they are met."""
+
+
 def _framework_of(name: str, array: Any) -> Framework:
+    kind = type(array)
+    if kind not in _of_type:
+        found = _named_framework(array)
+        if found is None:
+            return _dlpack_framework(name, array)
+        _of_type[kind] = found
+    return _of_type[kind]
+
+
+def _named_framework(array: Any) -> Framework | None:
     if NumpyFramework.owns(array):
         return NumpyFramework()
     if "torch" in sys.modules:
@@ -61,6 +75,10 @@ def _framework_of(name: str, array: Any) -> Framework:
 
         if CupyFramework.owns(array):
             return CupyFramework()
+    return None
+
+
+def _dlpack_framework(name: str, array: Any) -> Framework:
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
         from .dlpack import DlpackFramework
 

@@ -54,9 +54,13 @@ class CupyMemory:
             self.stream: int = self._cupy.cuda.get_current_stream().ptr
 
     def view(self, array: Any) -> DeviceView:
-        """Return where an array lies."""
+        """Return how an array lies."""
         strides = tuple(stride // array.itemsize for stride in array.strides)
-        return DeviceView(int(array.data.ptr), tuple(array.shape), strides)
+        return DeviceView(array.shape, strides)
+
+    def address(self, array: Any) -> int:
+        """Return where an array lies."""
+        return int(array.data.ptr)
 
     def contiguous(self, array: Any, dtype: str | None = None) -> Any:
         """Return an array's elements contiguous, in a dtype."""

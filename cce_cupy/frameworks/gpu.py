@@ -9,14 +9,19 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from ..launcher import DeviceInputs, DeviceMatrix, Launcher
-from ..plan import ITEMSIZE, GpuDevice, GpuPlan, Room, lay_out, make_gpu_plan
+from ..plan import ITEMSIZE, GpuDevice, GpuPlan, Room, make_gpu_plan
 from ..problem import INTEGER_DTYPES, Problem
+
+_INTEGERS = {
+    name: (int(name.removeprefix("u").removeprefix("int")) // 8, not name.startswith("u"))
+    for name in INTEGER_DTYPES
+}
+"""Bytes of each dtype of targets, and whether it is signed."""
 
 
 class DeviceView(NamedTuple):
-    """Where an array lies: its address, and its strides in elements."""
+    """How an array lies: its shape, and its strides in elements."""
 
-    pointer: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
@@ -28,6 +33,9 @@ class DeviceMemory(Protocol):
     stream: int
 
     def view(self, array: Any) -> DeviceView:
+        """Return how an array lies."""
+
+    def address(self, array: Any) -> int:
         """Return where an array lies."""
 
     def contiguous(self, array: Any, dtype: str | None = None) -> Any:
@@ -88,18 +96,18 @@ class _Space:
     """Workspace: one allocation of the caller's framework, cut into named pieces."""
 
     def __init__(self, memory: DeviceMemory, room: Room) -> None:
-        self.offsets, size = lay_out(room)
+        self.offsets = room.offsets
         try:
-            self.words = memory.full((max(size // 8, 1),), "int64", None)
+            self.words = memory.full((max(room.bytes // 8, 1),), "int64", None)
         except Exception as error:
             # Every framework has an exception of its own for this.
             if "OutOfMemory" not in type(error).__name__ and not isinstance(error, MemoryError):
                 raise
             raise MemoryError(
-                f"the device has no room for {size} bytes of workspace; a smaller "
+                f"the device has no room for {room.bytes} bytes of workspace; a smaller "
                 f"workspace_bytes needs less: {error}"
             ) from error
-        base = memory.view(self.words).pointer
+        base = memory.address(self.words)
         self.addresses = {name: base + offset for name, offset in self.offsets.items()}
 
 
@@ -126,17 +134,15 @@ class GpuCall:
         """Compute the outputs: arrays by the names that `Launcher.finish` gives them."""
         filtered = keep_columns and self.plan.gradient_filter is not None
         statistics = "argmax" in outputs
-        pieces = self.plan.forward | (self.plan.statistics if statistics else {})
-        room = _Space(self.memory, pieces)
-        launcher = self._launcher(self.memory, room)
-        addresses = {name: self.memory.view(array).pointer for name, array in outputs.items()}
+        room = _Space(self.memory, self.plan.statistics if statistics else self.plan.forward)
+        addresses = {name: self.memory.address(array) for name, array in outputs.items()}
         saved = self.saved.addresses
-        launcher.fill_words(saved["unbounded"], self.plan.saved["unbounded"])
-        launcher.map_rows()
-        if self.problem.check_targets:
-            self._check_targets()
-        launcher.forward(bits=saved["bits"] if filtered else 0, statistics=statistics)
-        launcher.finish(**addresses, unbounded=saved["unbounded"])
+        with self._launcher(self.memory, room) as launcher:
+            launcher.map_rows(unbounded=saved["unbounded"])
+            if self.problem.check_targets:
+                self._check_targets()
+            launcher.forward(bits=saved["bits"] if filtered else 0, statistics=statistics)
+            launcher.finish(**addresses, unbounded=saved["unbounded"])
 
     def pullback(
         self, memory: DeviceMemory, dloss: Any | None, dlse: Any | None
@@ -147,7 +153,6 @@ class GpuCall:
         """
         problem = self.problem
         room = _Space(memory, self.plan.backward)
-        launcher = self._launcher(memory, room)
         if memory.stream != self.memory.stream:
             for array in (*self.held, self.saved.words):
                 memory.outlives(array)
@@ -155,23 +160,24 @@ class GpuCall:
             None if given is None else memory.contiguous(given, problem.accumulator)
             for given in (dloss, dlse)
         ]
-        dloss_at, dlse_at = (0 if a is None else memory.view(a).pointer for a in kept)
+        dloss_at, dlse_at = (0 if a is None else memory.address(a) for a in kept)
         # Rows that no token maps to are zero; dC is written whole.
         de = memory.full((*problem.batch_shape, problem.dim), problem.dtype, 0)
         dc = memory.full((problem.vocab, problem.dim), problem.dtype, None)
         dbias = memory.full((problem.vocab,), problem.dtype, None) if problem.has_bias else None
         saved = self.saved.addresses
-        launcher.fill_words(room.addresses["passed"], 8)
-        launcher.backward(
-            dloss=dloss_at,
-            dlse=dlse_at,
-            bits=saved["bits"],
-            unbounded=saved["unbounded"],
-            de=memory.view(de).pointer,
-            dc=memory.view(dc).pointer,
-            dbias=0 if dbias is None else memory.view(dbias).pointer,
-            passed=room.addresses["passed"],
-        )
+        with self._launcher(memory, room) as launcher:
+            launcher.fill_words(room.addresses["passed"], 8)
+            launcher.backward(
+                dloss=dloss_at,
+                dlse=dlse_at,
+                bits=saved["bits"],
+                unbounded=saved["unbounded"],
+                de=memory.address(de),
+                dc=memory.address(dc),
+                dbias=0 if dbias is None else memory.address(dbias),
+                passed=room.addresses["passed"],
+            )
         return de, dc, dbias
 
     def _launcher(self, memory: DeviceMemory, room: _Space) -> Launcher:
@@ -192,15 +198,14 @@ class GpuCall:
 
     def _inputs(self, arrays: Mapping[str, Any]) -> DeviceInputs:
         sums = self.problem.accumulator
-        targets = self._keep(self.memory.contiguous(arrays["targets"]))
-        dtype = str(arrays["targets"].dtype).removeprefix("torch.")
-        assert dtype in INTEGER_DTYPES
+        targets = arrays["targets"]
+        size, signed = _INTEGERS[str(targets.dtype).removeprefix("torch.")]
         return DeviceInputs(
             e=self._matrix(arrays["e"]),
             c=self._matrix(arrays["c"]),
-            targets=targets.pointer,
-            target_bytes=int(dtype.removeprefix("u").removeprefix("int")) // 8,
-            target_signed=not dtype.startswith("u"),
+            targets=self._keep(self.memory.contiguous(targets)),
+            target_bytes=size,
+            target_signed=signed,
             bias=self._vector(arrays, "bias", None),
             class_weight=self._vector(arrays, "class_weight", sums),
             token_weight=self._vector(arrays, "token_weight", sums),
@@ -209,24 +214,21 @@ class GpuCall:
     def _vector(self, arrays: Mapping[str, Any], name: str, dtype: str | None) -> int:
         if name not in arrays:
             return 0
-        return self._keep(self.memory.contiguous(arrays[name], dtype)).pointer
+        return self._keep(self.memory.contiguous(arrays[name], dtype))
 
-    def _keep(self, array: Any) -> DeviceView:
+    def _keep(self, array: Any) -> int:
         # The pullback refers to it too.
         self.held.append(array)
-        return self.memory.view(array)
+        return self.memory.address(array)
 
     def _matrix(self, array: Any) -> DeviceMatrix:
-        view = self._keep(array)
-        stride = _row_stride(view)
+        stride = _row_stride(self.memory.view(array))
         if stride is None:
-            view = self._keep(self.memory.contiguous(array))
-            stride = self.problem.dim
-        group = 4 * ITEMSIZE[self.problem.dtype]
-        aligned = view.pointer % group == 0 and stride % 4 == 0 and self.problem.dim % 4 == 0
-        row_bytes = stride * ITEMSIZE[self.problem.dtype]
-        in_words = view.pointer % 16 == 0 and row_bytes % 16 == 0 and stride >= self.problem.dim
-        return DeviceMatrix(view.pointer, stride, aligned, in_words)
+            array, stride = self.memory.contiguous(array), self.problem.dim
+        pointer, size = self._keep(array), ITEMSIZE[self.problem.dtype]
+        aligned = pointer % (4 * size) == 0 and stride % 4 == 0 and self.problem.dim % 4 == 0
+        in_words = pointer % 16 == 0 and stride * size % 16 == 0 and stride >= self.problem.dim
+        return DeviceMatrix(pointer, stride, aligned, in_words)
 
 
 def _row_stride(view: DeviceView) -> int | None:

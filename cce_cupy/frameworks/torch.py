@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,8 +30,7 @@ class TorchFramework(Framework):
         """Return what an argument looks like."""
         if array.layout is not torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {array.layout}")
-        dtype = str(array.dtype).removeprefix("torch.")
-        return ArraySpec(tuple(array.shape), dtype, str(array.device))
+        return ArraySpec(tuple(array.shape), _name(array.dtype), _place(array.device))
 
     def to_host(self, array: Any) -> Array:
         """Return a view of the tensor's memory."""
@@ -69,6 +69,22 @@ class TorchFramework(Framework):
                 )
 
 
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def _place(device: torch.device) -> str:
+    return str(device)
+
+
+@functools.cache
+def _hardware(device: int) -> GpuDevice:
+    properties = torch.cuda.get_device_properties(device)
+    return GpuDevice(properties.multi_processor_count, (properties.major, properties.minor))
+
+
 class TorchMemory:
     """A CUDA device as torch sees it: its caching allocator and its current stream."""
 
@@ -78,12 +94,18 @@ class TorchMemory:
         self.stream: int = torch.cuda.current_stream(device).cuda_stream
 
     def view(self, array: Any) -> DeviceView:
+        """Return how a tensor lies."""
+        return DeviceView(array.shape, array.stride())
+
+    def address(self, array: Any) -> int:
         """Return where a tensor lies."""
-        return DeviceView(array.data_ptr(), tuple(array.shape), tuple(array.stride()))
+        return array.data_ptr()  # type: ignore[no-any-return]
 
     def contiguous(self, array: Any, dtype: str | None = None) -> Any:
         """Return a tensor's elements contiguous, in a dtype."""
         chosen = array.dtype if dtype is None else getattr(torch, dtype)
+        if array.dtype == chosen and array.is_contiguous():
+            return array
         return array.detach().to(chosen).contiguous()
 
     def full(self, shape: tuple[int, ...], dtype: str, value: float | None) -> Any:
@@ -95,8 +117,7 @@ class TorchMemory:
 
     def hardware(self) -> GpuDevice:
         """Return what the device is."""
-        properties = torch.cuda.get_device_properties(self._device)
-        return GpuDevice(properties.multi_processor_count, (properties.major, properties.minor))
+        return _hardware(self.device)
 
     def read_integer(self, array: Any, index: int) -> int:
         """Return one element, waiting for it."""

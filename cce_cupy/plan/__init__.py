@@ -3,7 +3,7 @@
 Pure arithmetic: no array is touched and no GPU is needed to make or to test a plan.
 """
 
-from .gpu import GpuDevice, GpuPlan, Room, lay_out, make_gpu_plan
+from .gpu import GpuDevice, GpuPlan, Room, make_gpu_plan
 from .hopper import TILE_COLUMNS, HopperForward
 from .host import Plan, make_plan
 from .shared import COLUMN_CHUNK, ITEMSIZE, LARGEST_AUTO_EPS, MARGIN, ROW_TILE, Sweep
@@ -21,7 +21,6 @@ __all__ = [
     "Plan",
     "Room",
     "Sweep",
-    "lay_out",
     "make_gpu_plan",
     "make_plan",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,8 +20,21 @@ from .shared import (
     whole,
 )
 
-Room = dict[str, int]
-"""Bytes of each piece of workspace, by name."""
+
+class Room(dict[str, int]):
+    """Bytes of each piece of workspace, by name."""
+
+    @functools.cached_property
+    def offsets(self) -> dict[str, int]:
+        """Where each piece starts in one allocation."""
+        ends = itertools.accumulate(whole(size, _PART_ALIGNMENT) for size in self.values())
+        return dict(zip(self, (0, *ends), strict=False))
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        """The size of the allocation."""
+        return sum(whole(size, _PART_ALIGNMENT) for size in self.values())
+
 
 _PART_ALIGNMENT = 256
 _DENSE_BLOCK = 128
@@ -61,10 +75,9 @@ class GpuPlan:
         Parts of the sums over all rows or columns that label smoothing takes.
     gradient_filter, filter_eps, filter_reason, sweeps
         As in `Plan`.
-    saved, forward, statistics, backward : dict of str to int
+    saved, forward, statistics, backward : Room
         Bytes of the pieces of workspace: those that a pullback refers to, and those that the
-        forward, with statistics also those of ``statistics``, and the backward need while they
-        run.
+        forward, the forward with statistics, and the backward need while they run.
     """
 
     tier: str
@@ -142,25 +155,23 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
     }
     per_segment = segments * rows
     forward = {
-        "bound": sums * rows,
-        "own": sums * rows,
-        "row_loss": 8 * rows,
-        "segment_reference": sums * per_segment,
-        "segment_rest": 8 * per_segment,
-        "segment_target_logit": sums * per_segment,
-        "segment_smoothed": 8 * per_segment,
+        **dict.fromkeys(("bound", "own"), sums * rows),
+        # Two numbers for each block of rows; blocks of 32 are the smallest.
+        "loss_parts": 16 * max(-(-rows // 32), 1),
+        "done": 8,
     }
-    statistics = {
-        "segment_total": 8 * per_segment,
-        "segment_weighted": 8 * per_segment,
-        "segment_best": sums * per_segment,
-        "segment_argmax": 8 * per_segment,
-    }
-    if hopper is not None:
+    if hopper is None:
+        forward |= dict.fromkeys(("segment_reference", "segment_target_logit"), sums * per_segment)
+        forward |= dict.fromkeys(("segment_rest", "segment_smoothed"), 8 * per_segment)
+        names = ("segment_total", "segment_weighted", "segment_argmax")
+        statistics = dict.fromkeys(names, 8 * per_segment)
+        statistics["segment_best"] = sums * per_segment
+    else:
         per_unit = 4 * hopper.parts * rows
-        forward |= {"unit_reference": per_unit, "unit_rest": per_unit}
+        forward["target_logit"] = sums * rows
+        forward |= dict.fromkeys(("unit_reference", "unit_rest"), per_unit)
         forward["unit_smoothed"] = per_unit if smooths else 0
-        statistics |= dict.fromkeys(("unit_weighted", "unit_best", "unit_argmax"), per_unit)
+        statistics = dict.fromkeys(("unit_weighted", "unit_best", "unit_argmax"), per_unit)
     cut = _cut_backward(problem, tiles, together=chosen.e == chosen.c)
     backward = {
         **dict.fromkeys(("factor_softmax", "factor_onehot", "factor_smoothing"), sums * rows),
@@ -187,10 +198,10 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         filter_eps=chosen.eps,
         filter_reason=chosen.reason,
         sweeps=choose_sweeps(chosen, together=cut.together),
-        saved=saved,
-        forward=forward,
-        statistics=statistics,
-        backward=backward,
+        saved=Room(saved),
+        forward=Room(forward),
+        statistics=Room(forward | statistics),
+        backward=Room(backward),
     )
 
 
@@ -201,7 +212,7 @@ class _Cut:
     together: bool
     tiles: int
     columns: int
-    room: Room
+    room: dict[str, int]
 
     @property
     def bytes(self) -> int:
@@ -276,12 +287,3 @@ def _segments(tiles: int, slots: int, most: int) -> int:
 
     candidates = range(1, max(1, min(max(2 * slots // tiles, 2), most)) + 1)
     return min(candidates, key=lambda parts: (max(idle(parts), 0.04), parts))
-
-
-def lay_out(room: Room) -> tuple[dict[str, int], int]:
-    """Return the offset of each piece in one allocation, and the bytes of the whole."""
-    offsets, end = {}, 0
-    for name, size in room.items():
-        offsets[name] = end
-        end += whole(size, _PART_ALIGNMENT)
-    return offsets, end

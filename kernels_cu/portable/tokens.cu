@@ -1,25 +1,14 @@
 // Which tokens count, what each of them loses, and the factors of its row in the backward.
 // Twin of cce_cupy/cpu/tokens.py. All of it is O(N + V); one block walks where order matters.
 
-#include "../columns.cuh"
-#include "../number.cuh"
-#include "../rows.cuh"
+#include "../loss.cuh"
 
 namespace cce {
 
 constexpr int kWalkers = 1024;  // threads of the kernels that run as one block
 constexpr int kWarps = kWalkers / 32;
-
-__device__ __forceinline__ double block_sum(double x, double* scratch) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  double total = 0;
-  for (int i = 0; i < kWarps; ++i) total += scratch[i];
-  return total;
-}
+constexpr int kRowThreads = 256;  // those of kernels with a thread for each row
+static_assert(kWarps == 32, "one lane for each warp");
 
 // Targets as they come: any integer dtype.
 struct Targets {
@@ -52,21 +41,26 @@ struct Targets {
 
 using namespace cce;
 
-// Map the tokens that are paired and not ignored to compact rows, in order. One block.
+// Map the tokens that are paired and not ignored to compact rows, in order, and clear what later
+// kernels add to: the marks of row tiles, and a count of blocks. One block.
 extern "C" __global__ void __launch_bounds__(kWalkers)
     map_rows(Targets targets, int64 tokens, int64 length, int64 shift, int64 ignore_index,
              int ignore_above, int64 vocab, int has_seed, uint64 given_seed, int64* source, int64* position,
-             int64* target, int64* count, uint64* seed, int64* first_wrong) {
-  __shared__ int64 before[kWarps + 1];
+             int64* target, int64* count, uint64* seed, int64* first_wrong, int* unbounded, int* done) {
+  __shared__ int of_warp[2][kWarps];
   __shared__ uint32 hash_low, hash_high;
   if (threadIdx.x == 0) {
     hash_low = hash_high = 0;
     *first_wrong = tokens;
+    *done = 0;
   }
+  for (int64 i = threadIdx.x; i < (tokens + kRowTile - 1) / kRowTile; i += kWalkers) unbounded[i] = 0;
   __syncthreads();
-  int64 done = 0;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int64 before = 0;
   uint32 low = 0, high = 0;
-  for (int64 start = 0; start < tokens; start += kWalkers) {
+  int turn = 0;
+  for (int64 start = 0; start < tokens; start += kWalkers, turn ^= 1) {
     const int64 i = start + threadIdx.x;
     int64 value = 0;
     bool counts = false;
@@ -80,17 +74,19 @@ extern "C" __global__ void __launch_bounds__(kWalkers)
       if (too_large) value = -1;
     }
     const uint32 ballot = __ballot_sync(~0u, counts);
+    if (lane == 0) of_warp[turn][warp] = __popc(ballot);
+    // The other buffer's readers have come here too before it is written again.
     __syncthreads();
-    if (threadIdx.x % 32 == 0) before[threadIdx.x / 32 + 1] = __popc(ballot);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      before[0] = 0;
-      for (int warp = 0; warp < kWarps; ++warp) before[warp + 1] += before[warp];
+    int sum = of_warp[turn][lane];
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int lower = __shfl_up_sync(~0u, sum, step);
+      if (lane >= step) sum += lower;
     }
-    __syncthreads();
+    const int earlier_warps = warp == 0 ? 0 : __shfl_sync(~0u, sum, max(warp - 1, 0));
     if (counts) {
-      const uint32 earlier = ballot & ((1u << threadIdx.x % 32) - 1u);
-      const int64 row = done + before[threadIdx.x / 32] + __popc(earlier);
+      const uint32 earlier = ballot & ((1u << lane) - 1u);
+      const int64 row = before + earlier_warps + __popc(earlier);
       const bool wrong = value < 0 || value >= vocab;
       source[row] = i - shift;
       position[row] = i;
@@ -102,14 +98,14 @@ extern "C" __global__ void __launch_bounds__(kWalkers)
       high += hashed;
       low += mix(hashed ^ 0x85EBCA6Bu);
     }
-    done += before[kWarps];
+    before += __shfl_sync(~0u, sum, 31);
   }
   // Sums of integers: the same in any order.
   atomicAdd(&hash_high, high);
   atomicAdd(&hash_low, low);
   __syncthreads();
   if (threadIdx.x == 0) {
-    *count = done;
+    *count = before;
     *seed = has_seed ? given_seed : static_cast<uint64>(hash_high) << 32 | hash_low;
   }
 }
@@ -123,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(kWalkers)
   double present = 0;
   for (int64 v = threadIdx.x; v < vocab; v += kWalkers)
     present += bias == nullptr || widen(bias[v]) != removed;
-  present = block_sum(present, scratch);
+  present = block_sum<kWalkers>(present, scratch);
   const Sum each = static_cast<Sum>(alpha / (present > 0 ? present : 1.0));
   double sum = 0;
   for (int64 v = threadIdx.x; v < vocab; v += kWalkers) {
@@ -132,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(kWalkers)
     smoothing[v] = counts ? weight * each : Sum(0);
     sum += smoothing[v];
   }
-  sum = block_sum(sum, scratch);
+  sum = block_sum<kWalkers>(sum, scratch);
   if (threadIdx.x == 0) *total = sum;
 }
 
@@ -152,116 +148,45 @@ struct Segments {
   int64 capacity;
 };
 
-struct LossOptions {
-  double label_smoothing;
-  double z_loss;
-};
-
-struct Weights {
-  const Sum* of_class;  // by target, or null
-  const Sum* of_token;  // by position, or null
-  const double* smoothing_total;  // or null
-
-  __device__ __forceinline__ double target(int64 target) const {
-    return of_class == nullptr || target < 0 ? 1.0 : static_cast<double>(of_class[target]);
-  }
-  __device__ __forceinline__ double token(int64 position) const {
-    return of_token == nullptr ? 1.0 : static_cast<double>(of_token[position]);
-  }
-};
-
-__device__ __forceinline__ double log_add(double a, double b) {
-  const double most = fmax(a, b), least = fmin(a, b);
-  // fmax and fmin drop a NaN.
-  if (a != a || b != b) return a + b;
-  return most == -infinity() || most == infinity() ? most : most + log1p(exp(least - most));
-}
-
 }  // namespace cce
 
-// Merge the segments of each row; place what depends on tokens. Outputs that are null are not asked
-// for. One thread a row.
-extern "C" __global__ void finish_rows(RowMap map, Segments parts, LossOptions options,
-                                       Weights weights, double* row_loss, Sum* row_lse, Sum* loss,
-                                       Sum* lse, Sum* log_prob, Sum* entropy, int64* argmax,
-                                       int* unbounded) {
-  const int64 row = blockIdx.x * static_cast<int64>(blockDim.x) + threadIdx.x;
-  if (row >= *map.count) return;
-  double reference = -infinity(), rest = 0, target_logit = -infinity(), smoothed = 0;
-  double total = 0, weighted = 0;
-  Sum best = -static_cast<Sum>(infinity());
-  int64 at_best = 0;
-  for (int64 i = 0; i < parts.number; ++i) {
-    const int64 at = i * parts.capacity + row;
-    const double theirs = parts.reference[at];
-    const double joint = fmax(reference, theirs);
-    const double shrink = exp(reference - joint), grow = exp(theirs - joint);
-    rest = rest * shrink + parts.rest[at] * grow;
-    const double logit = parts.target_logit[at];
-    target_logit = logit != logit ? logit : fmax(target_logit, logit);
-    smoothed += parts.smoothed[at];
-    if (parts.total != nullptr) {
-      const double mine = total > 0 ? weighted + (reference - joint) * total : weighted;
-      const double added = parts.total[at] > 0
-                               ? parts.weighted[at] + (theirs - joint) * parts.total[at]
-                               : parts.weighted[at];
-      weighted = mine * shrink + added * grow;
-      total = total * shrink + parts.total[at] * grow;
-      const Sum value = parts.best[at];
-      if (best == best && (value > best || value != value)) {
-        best = value;
-        at_best = parts.argmax[at];
+// Merge the segments of each row, place what depends on tokens, and sum the losses. One thread a row.
+extern "C" __global__ void __launch_bounds__(kRowThreads)
+    finish_rows(RowMap map, Segments parts, LossOptions options, Weights weights, RowOutputs outputs,
+                LossSum losses) {
+  const int64 row = blockIdx.x * static_cast<int64>(kRowThreads) + threadIdx.x;
+  RowTotals all;
+  double loss = 0, weight = 0;
+  if (row < *map.count) {
+    for (int64 i = 0; i < parts.number; ++i) {
+      const int64 at = i * parts.capacity + row;
+      const double theirs = parts.reference[at];
+      const double joint = fmax(all.reference, theirs);
+      const double shrink = exp(all.reference - joint), grow = exp(theirs - joint);
+      all.rest = all.rest * shrink + parts.rest[at] * grow;
+      const double logit = parts.target_logit[at];
+      all.target_logit = logit != logit ? logit : fmax(all.target_logit, logit);
+      all.smoothed += parts.smoothed[at];
+      if (parts.total != nullptr) {
+        const double mine =
+            all.total > 0 ? all.weighted + (all.reference - joint) * all.total : all.weighted;
+        const double added = parts.total[at] > 0
+                                 ? parts.weighted[at] + (theirs - joint) * parts.total[at]
+                                 : parts.weighted[at];
+        all.weighted = mine * shrink + added * grow;
+        all.total = all.total * shrink + parts.total[at] * grow;
+        const Sum value = parts.best[at];
+        if (all.best == all.best && (value > all.best || value != value)) {
+          all.best = value;
+          all.argmax = parts.argmax[at];
+        }
       }
+      all.reference = joint;
     }
-    reference = joint;
+    loss = finish_row(map, row, all, options, weights, outputs);
+    weight = weights.target(map.target[row]) * weights.token(map.position[row]);
   }
-  const int64 target = map.target[row], position = map.position[row];
-  // The loss is softplus of the other entries' log-sum-exp minus the target logit: never negative,
-  // exactly 0 where there are no others, and exact where it is tiny.
-  const double others = reference + log(rest);
-  double nll = log_add(0.0, others - target_logit);
-  // Also where nothing but removed entries is left: -inf minus -inf is not a number.
-  if (target_logit == -infinity() && others == others) nll = infinity();
-  double sum = log_add(others, target_logit);
-  if (target < 0) nll = sum = not_a_number();
-  double value = weights.target(target) * nll;
-  if (weights.smoothing_total != nullptr)
-    value = (1.0 - options.label_smoothing) * value + (*weights.smoothing_total * sum - smoothed);
-  if (options.z_loss > 0) value += options.z_loss * weights.target(target) * sum * sum;
-  value *= weights.token(position);
-
-  row_loss[row] = value;
-  row_lse[row] = static_cast<Sum>(sum);
-  if (loss != nullptr) loss[position] = static_cast<Sum>(value);
-  if (lse != nullptr) lse[position] = static_cast<Sum>(sum);
-  if (log_prob != nullptr) log_prob[position] = static_cast<Sum>(0.0 - nll);
-  if (entropy != nullptr) {
-    const double h = log(total) - weighted / total;
-    entropy[position] = static_cast<Sum>(h < 0 ? 0.0 : h);
-  }
-  if (argmax != nullptr) argmax[position] = at_best;
-  // A row that is not finite makes every column of the gradients so.
-  if (unbounded != nullptr && !isfinite(static_cast<Sum>(sum)))
-    atomicOr(&unbounded[row / kRowTile], 1);
-}
-
-// The sum of the losses, and what it is multiplied by. One block; always in the same order.
-extern "C" __global__ void __launch_bounds__(kWalkers)
-    reduce_loss(RowMap map, Weights weights, int mean, const double* row_loss, double* normalizer,
-                Sum* loss) {
-  __shared__ double scratch[kWarps];
-  const int64 count = *map.count;
-  double sum = 0, weight = 0;
-  for (int64 row = threadIdx.x; row < count; row += kWalkers) {
-    sum += row_loss[row];
-    weight += weights.target(map.target[row]) * weights.token(map.position[row]);
-  }
-  sum = block_sum(sum, scratch);
-  weight = block_sum(weight, scratch);
-  if (threadIdx.x == 0) {
-    *normalizer = !mean ? 1.0 : weight > 0 ? 1.0 / weight : 0.0;
-    if (loss != nullptr) *loss = static_cast<Sum>(sum * *normalizer);
-  }
+  sum_losses<kRowThreads>(losses, loss, weight);
 }
 
 // Factors of each row in dz = softmax p - onehot [v == target] - smoothing s_v. One thread a row.

@@ -2,6 +2,7 @@
 // tiles of e and c into a ring of stages; two take turns at whole tiles of logits, so that one sums
 // up while the other multiplies. Leaves what portable/forward.cu leaves.
 
+#include "../loss.cuh"
 #include "sums.cuh"
 
 namespace cce {
@@ -75,45 +76,46 @@ __device__ __forceinline__ void release(const uint64& empty) {
   }
 }
 
-// Fill stages, unit by unit. Rows of e that follow each other come in one copy; others, around
-// ignored tokens, word by word.
+// The descriptors of e: boxes of a row tile, of eight rows, and of one.
+struct RowMaps {
+  const TensorMap& tile;
+  const TensorMap& eight;
+  const TensorMap& one;
+};
+
+// Fill stages, unit by unit. Rows of e that follow each other come in one copy; around ignored tokens
+// eight by eight, and one by one where eight do not follow each other.
 template <int kCluster>
-__device__ __forceinline__ void copy_tiles(Shared& shared, const TensorMap& e_map,
+__device__ __forceinline__ void copy_tiles(Shared& shared, const RowMaps& e_maps,
                                            const TensorMap& c_map,
                                            const ForwardArguments& call, int count,
                                            const Order& order, uint32 rank) {
   constexpr int kShare = kTileN / kCluster;  // a block's share of the columns it copies for all
-  constexpr int kWordBytes = 16, kWordElements = kWordBytes / sizeof(Storage);
-  constexpr int kWordsOfRow = kTileK / kWordElements;
-  constexpr int kRowStep = kGroupThreads / kWordsOfRow;
-  constexpr int kRowsOfThread = kTileM / kRowStep;
-  static_assert(kRowStep % 8 == 0, "a thread's rows have one swizzle");
-  const Matrix& e = call.e;
-  const RowMap& map = call.map;
-  const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
-  const int steps = (dim + kTileK - 1) / kTileK;
+  static_assert(kTileM == kGroupThreads, "a row for each thread");
+  const int thread = threadIdx.x;
+  const int steps = (static_cast<int>(call.dim) + kTileK - 1) / kTileK;
   const int units = order.row_blocks * order.across();
   RingPlace<kStages> place;
   if (thread == 0) {
-    prefetch_map(e_map);
+    prefetch_map(e_maps.tile);
     prefetch_map(c_map);
   }
   for (int number = blockIdx.x / kCluster; number < units; number += gridDim.x / kCluster) {
     const Unit unit(order, number);
-    const TileRows rows(map, count, unit.row_block * kCluster + rank);
-    // Of this thread's words: one of eight in each of eight rows, sixteen rows apart.
-    uint32 word_of_row[kRowsOfThread];
+    const TileRows rows(call.map, count, unit.row_block * kCluster + rank);
+    // Some of a warp's threads may have had less to do; barriers and exchanges take all.
+    __syncwarp();
+    int source = rows.source;
+    bool eight = false;
     if (!rows.follow) {
       // The others may come to it no earlier than the one who copied all before.
       named_sync<kCopiers, kGroupThreads>();
-#pragma unroll
-      for (int i = 0; i < kRowsOfThread; ++i) {
-        // Rows past the last count for nothing, whatever they hold.
-        const int row = min(thread / kWordsOfRow + i * kRowStep, rows.number - 1);
-        const int64 at = map.source[rows.top + row] * e.stride + thread % kWordsOfRow * kWordElements;
-        word_of_row[i] = static_cast<uint32>(at / kWordElements);
-      }
-    } else if (thread != 0) {
+      // Rows past the last count for nothing, whatever they hold.
+      source = static_cast<int>(call.map.source[rows.top + min(thread, rows.number - 1)]);
+      const int lane = thread % 32;
+      eight = __shfl_sync(~0u, source, lane | 7) - __shfl_sync(~0u, source, lane & ~7) == 7;
+    }
+    if (rows.follow ? thread != 0 : eight && thread % 8 != 0) {
       place.skip((unit.last - unit.first) * steps);
       continue;
     }
@@ -122,33 +124,26 @@ __device__ __forceinline__ void copy_tiles(Shared& shared, const TensorMap& e_ma
         Stage& stage = shared.stage[place.stage];
         wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
         const uint32 full = shared_address(&shared.ring.full[place.stage]);
+        const int depth = step * kTileK;
         if (thread == 0) {
-          mbarrier_expect_bytes(full, sizeof(stage.c) + (rows.follow ? sizeof(stage.e) : 0));
+          mbarrier_expect_bytes(full, sizeof(stage.c) + sizeof(stage.e));
           const int left = tile * kTileN + static_cast<int>(rank) * kShare;
           Storage* share = stage.c + rank * kShare * kTileK;
           if (kCluster == 1) {
-            copy_box(shared_address(share), c_map, step * kTileK, left, full, kEvictFirst);
+            copy_box(shared_address(share), c_map, depth, left, full, kEvictFirst);
           } else {
-            copy_box_to_blocks(shared_address(share), c_map, step * kTileK, left, full,
+            copy_box_to_blocks(shared_address(share), c_map, depth, left, full,
                                (1 << kCluster) - 1, kEvictFirst);
           }
-          if (rows.follow) {
-            copy_box(shared_address(stage.e), e_map, step * kTileK,
-                     rows.source, full, kEvictLast);
-            mbarrier_arrive(full, kGroupThreads);
-          }
         }
-        if (!rows.follow) {
-          const int word = thread % kWordsOfRow, row = thread / kWordsOfRow;
-          const uint32 to =
-              shared_address(stage.e) + (row * kWordsOfRow + (word ^ row % 8)) * kWordBytes;
-          const Storage* from = e.data + step * kTileK;
-          const uint32 bytes = step * kTileK + word * kWordElements < dim ? kWordBytes : 0;
-#pragma unroll
-          for (int i = 0; i < kRowsOfThread; ++i)
-            copy_word(to + i * kRowStep * kTileK * sizeof(Storage),
-                      from + static_cast<uint64>(word_of_row[i]) * kWordElements, bytes);
-          arrive_after_words(full);
+        // The swizzle is that of the address, so that a box may start at any row of a stage.
+        const uint32 to = shared_address(stage.e + thread * kTileK);
+        if (rows.follow) {
+          copy_box(to, e_maps.tile, depth, source, full, kEvictLast);
+        } else if (eight) {
+          copy_box(to, e_maps.eight, depth, source, full, kEvictLast);
+        } else {
+          copy_box(to, e_maps.one, depth, source, full, kEvictLast);
         }
       }
   }
@@ -185,7 +180,6 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
     const Unit unit(order, number);
     const int rank = kCluster == 1 ? 0 : static_cast<int>(rank_in_cluster());
     const int row_tile = unit.row_block * kCluster + rank;
-    const bool follow = TileRows(call.map, count, row_tile).follow;
     shared.last[this_thread()] = unit.last;
     shared.row_tile[this_thread()] = row_tile;
     shared.part[this_thread()] = kConsumers * unit.across + this_thread() / kGroupThreads;
@@ -234,7 +228,6 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
       int done = 0;
       for (int step = 0; step < steps; ++step) {
         wait_for(shared.ring.full[place.stage], place.parity);
-        if (!follow) fence_async_proxy();
         product_fence();
         start_products(z, shared.stage[place.stage], step == 0);
         if (step > 0) {
@@ -271,7 +264,7 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
 }
 
 template <int kCluster, bool kPlain, bool kStatistics>
-__device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_map,
+__device__ __forceinline__ void run(const RowMaps& e_maps, const TensorMap& c_map,
                                     const ForwardArguments& given) {
   extern __shared__ unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(
@@ -280,8 +273,7 @@ __device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_m
   if (threadIdx.x == 0) {
     shared.seed = *given.map.seed;
     for (int i = 0; i < kStages; ++i) {
-      // One for the bytes that are expected, one for each thread that may copy words.
-      mbarrier_init(shared_address(&shared.ring.full[i]), 1 + kGroupThreads);
+      mbarrier_init(shared_address(&shared.ring.full[i]), 1);
       mbarrier_init(shared_address(&shared.ring.empty[i]), kCluster);
     }
     fence_barrier_init();
@@ -301,7 +293,7 @@ __device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_m
   order.group = given.group;
   if (threadIdx.x < kGroupThreads) {
     give_registers<kCopyRegisters>();
-    copy_tiles<kCluster>(shared, e_map, c_map, given, count, order, rank);
+    copy_tiles<kCluster>(shared, e_maps, c_map, given, count, order, rank);
   } else {
     take_registers<kSumRegisters>();
     sum_tiles<kCluster, kPlain, kStatistics>(shared, given, count, order);
@@ -317,11 +309,12 @@ __device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_m
 
 using namespace cce;
 
-#define CCE_FORWARD(name, cluster, plain, statistics)                                        \
-  extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(kThreads, 1)  \
-      name(const __grid_constant__ TensorMap e_map, const __grid_constant__ TensorMap c_map, \
-           const __grid_constant__ ForwardArguments given) {                                 \
-    run<cluster, plain, statistics>(e_map, c_map, given);                                    \
+#define CCE_FORWARD(name, cluster, plain, statistics)                                              \
+  extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(kThreads, 1)        \
+      name(const __grid_constant__ TensorMap e_tile, const __grid_constant__ TensorMap e_eight,    \
+           const __grid_constant__ TensorMap e_one, const __grid_constant__ TensorMap c_map,       \
+           const __grid_constant__ ForwardArguments given) {                                       \
+    run<cluster, plain, statistics>(RowMaps{e_tile, e_eight, e_one}, c_map, given);                \
   }
 
 // Grid: as many clusters as fit on the device. Pairs of blocks share the columns they copy. Plain:
@@ -334,11 +327,13 @@ CCE_FORWARD(forward_options, 2, false, false)
 CCE_FORWARD(forward_statistics, 2, false, true)
 
 // The logit of each row's target from a product of its own: what the row's sums are relative to, and
-// a first lower bound of its lse. One warp a row.
+// a first lower bound of its lse. One warp a row. Also clears the bits, of `words` words.
 extern "C" __global__ void __launch_bounds__(256)
     target_logits(Matrix e, Matrix c, const Storage* bias, int64 dim, LogitOptions options,
-                  RowMap map, float* own, int* bound, float* target_logit) {
-  const int64 row = (blockIdx.x * static_cast<int64>(blockDim.x) + threadIdx.x) / 32;
+                  RowMap map, float* own, int* bound, float* target_logit, uint32* bits, int64 words) {
+  const int64 thread = blockIdx.x * static_cast<int64>(blockDim.x) + threadIdx.x;
+  for (int64 i = thread; i < words; i += static_cast<int64>(gridDim.x) * blockDim.x) bits[i] = 0;
+  const int64 row = thread / 32;
   const int lane = threadIdx.x % 32;
   if (row >= *map.count) return;
   const float lowest = -static_cast<float>(infinity());
@@ -365,27 +360,27 @@ extern "C" __global__ void __launch_bounds__(256)
   target_logit[row] = lowest;
 }
 
-// What units left, merged: the sums of one segment as tokens.cu takes them. Block: (32, 16), a row
-// for each x.
-extern "C" __global__ void __launch_bounds__(512)
-    merge_units(RowMap map, UnitSums parts, int64 number, int64 capacity, const float* target_logit,
-                float* reference, double* rest, double* smoothed, double* total, double* weighted,
-                float* best, int64* argmax) {
-  constexpr int kWalkers = 16;
-  __shared__ double shared[5][kWalkers][33];
-  __shared__ int64 place[kWalkers][33];
+// What units left, merged, and then as finish_rows of portable/tokens.cu. Block: (32, 16), a row for
+// each x.
+constexpr int kMergers = 16;
+
+extern "C" __global__ void __launch_bounds__(32 * kMergers)
+    finish_rows(RowMap map, UnitSums parts, int64 number, int64 capacity, const float* target_logit,
+                LossOptions options, Weights weights, RowOutputs outputs, LossSum losses) {
+  __shared__ double shared[5][kMergers][33];
+  __shared__ int64 place[kMergers][33];
   const int x = threadIdx.x, y = threadIdx.y;
   const int64 row = blockIdx.x * 32ll + x, count = *map.count;
   // In powers of two.
-  double most = kLowest, sum = 0, smooth = 0, weight = 0, largest = -infinity();
+  double most = kLowest, sum = 0, smooth = 0, weighted_sum = 0, largest = -infinity();
   int64 at_largest = 0;
   auto add = [&](double reference, double rest, double smoothed, double weighted, double best,
                  int64 argmax) {
     const double joint = fmax(most, reference);
     const double mine = most == joint ? 1.0 : exp2(most - joint);
     const double theirs = reference == joint ? 1.0 : exp2(reference - joint);
-    weight = (weight + (sum > 0 ? (most - joint) * sum : 0.0)) * mine +
-             (weighted + (rest > 0 ? (reference - joint) * rest : 0.0)) * theirs;
+    weighted_sum = (weighted_sum + (sum > 0 ? (most - joint) * sum : 0.0)) * mine +
+                   (weighted + (rest > 0 ? (reference - joint) * rest : 0.0)) * theirs;
     sum = sum * mine + rest * theirs;
     smooth += smoothed;
     const bool nan = largest != largest, their_nan = best != best, earlier = argmax < at_largest;
@@ -397,7 +392,7 @@ extern "C" __global__ void __launch_bounds__(512)
     most = reference != reference ? reference : joint;
   };
   if (row < count)
-    for (int64 i = y; i < number; i += kWalkers) {
+    for (int64 i = y; i < number; i += kMergers) {
       const int64 at = i * capacity + row;
       const bool all = parts.best != nullptr;
       add(parts.reference[at], parts.rest[at], parts.smoothed == nullptr ? 0.0 : parts.smoothed[at],
@@ -407,27 +402,31 @@ extern "C" __global__ void __launch_bounds__(512)
   shared[0][y][x] = most;
   shared[1][y][x] = sum;
   shared[2][y][x] = smooth;
-  shared[3][y][x] = weight;
+  shared[3][y][x] = weighted_sum;
   shared[4][y][x] = largest;
   place[y][x] = at_largest;
   __syncthreads();
-  if (y != 0 || row >= count) return;
-  for (int i = 1; i < kWalkers; ++i)
-    add(shared[0][i][x], shared[1][i][x], shared[2][i][x], shared[3][i][x], shared[4][i][x],
-        place[i][x]);
-  // From powers of two to those of e, and to a reference that a float holds.
-  const double unit = static_cast<double>(kLog2E);
-  const float natural = static_cast<float>(most / unit);
-  const double moved = most - natural * unit;
-  const double scale = exp2(moved);
-  reference[row] = natural;
-  rest[row] = sum * scale;
-  smoothed[row] = smooth;
-  if (total == nullptr) return;
-  const double own = exp((target_logit[row] - static_cast<double>(natural)));
-  total[row] = sum * scale + own;
-  const double others = (weight + moved * sum) * scale / unit;
-  weighted[row] = others + (own > 0 ? own * (target_logit[row] - static_cast<double>(natural)) : 0.0);
-  best[row] = static_cast<float>(largest);
-  argmax[row] = at_largest;
+  double loss = 0, weight = 0;
+  if (y == 0 && row < count) {
+    for (int i = 1; i < kMergers; ++i)
+      add(shared[0][i][x], shared[1][i][x], shared[2][i][x], shared[3][i][x], shared[4][i][x],
+          place[i][x]);
+    // From powers of two to those of e.
+    const double unit = static_cast<double>(kLog2E);
+    RowTotals all;
+    all.reference = most / unit;
+    all.rest = sum;
+    all.smoothed = smooth;
+    all.target_logit = target_logit[row];
+    if (parts.best != nullptr) {
+      const double own = exp(all.target_logit - all.reference);
+      all.total = sum + own;
+      all.weighted = weighted_sum / unit + (own > 0 ? own * (all.target_logit - all.reference) : 0.0);
+      all.best = static_cast<float>(largest);
+      all.argmax = at_largest;
+    }
+    loss = finish_row(map, row, all, options, weights, outputs);
+    weight = weights.target(map.target[row]) * weights.token(map.position[row]);
+  }
+  sum_losses<32 * kMergers>(losses, loss, weight);
 }

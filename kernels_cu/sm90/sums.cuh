@@ -57,7 +57,6 @@ struct UnitSums {
 };
 
 struct ForwardArguments {
-  Matrix e;
   RowMap map;
   const Storage* bias;
   const float* smoothing;

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cce_cupy
 from cce_cupy import compiler, launcher
 from cce_cupy.frameworks import gpu
+from cce_cupy.plan import Room
 
 cupy.cuda.set_allocator(None)
 
@@ -61,11 +62,11 @@ class SeparatePieces(gpu._Space):
     """Workspace whose pieces are allocations of exactly their sizes."""
 
     def __init__(self, memory, room):
-        super().__init__(memory, {})
+        super().__init__(memory, Room())
         self.pieces = {
             name: memory.full((max(size, 1),), "int8", None) for name, size in room.items()
         }
-        self.addresses = {name: memory.view(x).pointer for name, x in self.pieces.items()}
+        self.addresses = {name: memory.address(x) for name, x in self.pieces.items()}
 
 
 gpu._Space = SeparatePieces

@@ -1,0 +1,100 @@
+"""The kernels' parameters, in the C compiler's layout: one format of `struct` for each parameter.
+
+`tests/kernel_resources.py` compares them with what the compiler made of the sources.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+
+POINTER, INT64, UINT64, INT32, FLOAT64 = "P", "q", "Q", "i", "d"
+TENSOR_MAP = "128s"
+
+# Structs that kernels take by value; 0P pads to the alignment of the whole.
+MATRIX = "Pqi0P"
+LOGIT_OPTIONS = "dd"
+FILTER = "ddi0P"
+ROW_MAP = "5P"
+TARGETS = "Pii"
+SEGMENT_SUMS = "8P"
+SEGMENTS = SEGMENT_SUMS + "qq"
+LOSS_OPTIONS = "dd"
+WEIGHTS = "3P"
+ROW_OUTPUTS = "7P"
+LOSS_SUM = "PPi0PPP"
+LISTS = "PPi0P"
+ROW_FACTORS = "3P"
+RECORDS = "2P"
+UNIT_SUMS = "6P"
+HOPPER_FORWARD = (
+    ROW_MAP + "PPqq" + LOGIT_OPTIONS + FILTER + "ii3P" + UNIT_SUMS + "qPq"
+)  # map; bias, smoothing, dim, vocab; how it is cut, rows' own; sums; capacity, bits, words
+
+_FORWARD = (
+    MATRIX, MATRIX, POINTER, POINTER, INT64, INT64, INT64, INT64, LOGIT_OPTIONS, FILTER, ROW_MAP,
+    POINTER, POINTER, SEGMENT_SUMS, POINTER, INT64,
+)  # fmt: skip
+_HOPPER_FORWARD = (*[TENSOR_MAP] * 4, HOPPER_FORWARD)
+
+PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "portable/tokens.cu": {
+        "map_rows": (
+            TARGETS, INT64, INT64, INT64, INT64, INT32, INT64, INT32, UINT64, *[POINTER] * 8
+        ),
+        "smoothing_weights": (POINTER, POINTER, INT64, FLOAT64, POINTER, POINTER),
+        "finish_rows": (ROW_MAP, SEGMENTS, LOSS_OPTIONS, WEIGHTS, ROW_OUTPUTS, LOSS_SUM),
+        "row_factors": (
+            ROW_MAP, LOSS_OPTIONS, WEIGHTS, POINTER, POINTER, POINTER, POINTER, INT32,
+            *[POINTER] * 4,
+        ),
+        "fill_integers": (POINTER, INT64, INT64),
+    },
+    "portable/forward.cu": {
+        "first_bound": (
+            MATRIX, MATRIX, POINTER, INT64, LOGIT_OPTIONS, ROW_MAP, POINTER, POINTER
+        ),
+        "forward": _FORWARD,
+        "forward_statistics": _FORWARD,
+    },
+    "portable/backward.cu": {
+        "list_columns": (ROW_MAP, POINTER, INT64, POINTER, INT64, INT64, INT64, LISTS),
+        "dlogits": (
+            MATRIX, MATRIX, POINTER, INT64, INT64, INT64, LOGIT_OPTIONS, FILTER, ROW_MAP, LISTS,
+            POINTER, ROW_FACTORS, POINTER, RECORDS, POINTER,
+        ),
+        "dembedding": (
+            MATRIX, POINTER, INT64, INT64, INT64, FLOAT64, ROW_MAP, LISTS, RECORDS, POINTER,
+            POINTER, INT32, POINTER, INT32, INT32, POINTER,
+        ),
+        "dclassifier": (
+            MATRIX, INT64, INT64, INT64, FLOAT64, ROW_MAP, LISTS, RECORDS, INT64, INT64, POINTER,
+            POINTER, INT32, POINTER, POINTER, POINTER, INT32, INT32, POINTER, POINTER,
+        ),
+        "weighted_rows": (MATRIX, INT64, INT64, ROW_MAP, POINTER, POINTER),
+        "sum_rows": (ROW_MAP, POINTER, POINTER),
+    },
+    "sm90/forward.cu": {
+        "target_logits": (
+            MATRIX, MATRIX, POINTER, INT64, LOGIT_OPTIONS, ROW_MAP, *[POINTER] * 4, INT64
+        ),
+        "forward_pairs": _HOPPER_FORWARD,
+        "forward_single": _HOPPER_FORWARD,
+        "forward_options": _HOPPER_FORWARD,
+        "forward_statistics": _HOPPER_FORWARD,
+        "finish_rows": (
+            ROW_MAP, UNIT_SUMS, INT64, INT64, POINTER, LOSS_OPTIONS, WEIGHTS, ROW_OUTPUTS, LOSS_SUM
+        ),
+    },
+}  # fmt: skip
+
+
+@functools.cache
+def layout(file: str, name: str) -> struct.Struct:
+    """Return how the arguments of a kernel are packed."""
+    return struct.Struct("@" + "".join(PARAMETERS[file][name]))
+
+
+def sizes(file: str, name: str) -> list[int]:
+    """Return the bytes of each parameter of a kernel."""
+    return [struct.calcsize("@" + parameter) for parameter in PARAMETERS[file][name]]
