@@ -6,9 +6,24 @@ import ctypes
 import functools
 import struct
 import threading
+from collections.abc import Sequence
 from typing import Any
 
-_BUFFER, _SIZE, _END = 1, 2, 0  # CU_LAUNCH_PARAM_*
+
+class Layout:
+    """Where the arguments of a kernel lie, as the C compiler lays out a struct of them.
+
+    Parameters
+    ----------
+    parameters : sequence of str
+        A format of `struct` for each.
+    """
+
+    def __init__(self, parameters: Sequence[str]) -> None:
+        self.whole = struct.Struct("@" + "".join(parameters))
+        self.sizes = [struct.calcsize("@" + parameter) for parameter in parameters]
+        ends = [struct.calcsize("@" + "".join(parameters[: k + 1])) for k in range(len(parameters))]
+        self.offsets = [end - size for end, size in zip(ends, self.sizes, strict=True)]
 
 
 @functools.cache
@@ -22,22 +37,21 @@ def library() -> ctypes.CDLL:
 
 
 class _Arguments:
-    """Room for the arguments of a launch, and how the driver is told of it."""
+    """Room for the arguments of a launch, and pointers to each."""
 
-    def __init__(self, size: int) -> None:
-        self.buffer = ctypes.create_string_buffer(max(size, 1))
-        self._size = ctypes.c_size_t(size)
-        told = (
-            _BUFFER, ctypes.addressof(self.buffer), _SIZE, ctypes.addressof(self._size), _END
-        )  # fmt: skip
-        self.extra = (ctypes.c_void_p * len(told))(*told)
+    def __init__(self, layout: Layout) -> None:
+        self.buffer = ctypes.create_string_buffer(layout.whole.size)
+        start = ctypes.addressof(self.buffer)
+        # One buffer would do by the driver's documents, but descriptors did not arrive that way.
+        pointers = [start + offset for offset in layout.offsets]
+        self.pointers = (ctypes.c_void_p * len(pointers))(*pointers)
 
 
 class _OfThread(threading.local):
     """The driver has copied the arguments when a launch returns: a thread's next may reuse them."""
 
     def __init__(self) -> None:
-        self.rooms: dict[int, _Arguments] = {}
+        self.rooms: dict[Layout, _Arguments] = {}
 
 
 _of_thread = _OfThread()
@@ -49,7 +63,7 @@ def launch(
     block: tuple[int, int],
     shared: int,
     stream: int,
-    layout: struct.Struct,
+    layout: Layout,
     values: tuple[Any, ...],
 ) -> None:
     """Launch a kernel on a stream of the current device.
@@ -64,8 +78,7 @@ def launch(
         Bytes of dynamic shared memory.
     stream : int
         The raw handle.
-    layout : struct.Struct
-        Of the parameters, as the C compiler lays out a struct of them.
+    layout : Layout
     values : tuple
         The arguments' scalars, one after the other.
 
@@ -74,12 +87,12 @@ def launch(
     RuntimeError
         When the driver refuses.
     """
-    room = _of_thread.rooms.get(layout.size)
+    room = _of_thread.rooms.get(layout)
     if room is None:
-        room = _of_thread.rooms[layout.size] = _Arguments(layout.size)
-    layout.pack_into(room.buffer, 0, *values)
+        room = _of_thread.rooms[layout] = _Arguments(layout)
+    layout.whole.pack_into(room.buffer, 0, *values)
     status = library().cuLaunchKernel(
-        function, grid[0], grid[1], 1, block[0], block[1], 1, shared, stream, None, room.extra
+        function, grid[0], grid[1], 1, block[0], block[1], 1, shared, stream, room.pointers, None
     )
     if status != 0:
         raise RuntimeError(f"the driver refused to launch a kernel: {_name(status)}")

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import functools
-import struct
+
+from .driver import Layout
 
 POINTER, INT64, UINT64, INT32, FLOAT64 = "P", "q", "Q", "i", "d"
 TENSOR_MAP = "128s"
@@ -90,11 +91,6 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 @functools.cache
-def layout(file: str, name: str) -> struct.Struct:
-    """Return how the arguments of a kernel are packed."""
-    return struct.Struct("@" + "".join(PARAMETERS[file][name]))
-
-
-def sizes(file: str, name: str) -> list[int]:
-    """Return the bytes of each parameter of a kernel."""
-    return [struct.calcsize("@" + parameter) for parameter in PARAMETERS[file][name]]
+def layout(file: str, name: str) -> Layout:
+    """Return where the arguments of a kernel lie."""
+    return Layout(PARAMETERS[file][name])

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from cce_cupy.commands.progress import WorkProgress
 from cce_cupy.compiler import DTYPES, KERNELS, compile_options, serves, sources_root
-from cce_cupy.signatures import sizes
+from cce_cupy.signatures import layout
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
 PROCESSES = 2
@@ -197,7 +197,7 @@ def complain_of_parameters(unit: Unit, ptx: str) -> list[str]:
     return [
         f"{name} takes parameters of {found[name]} bytes, signatures.py says {stated}"
         for name in KERNELS[unit.file]
-        if name in found and (stated := sizes(unit.file, name)) != found[name]
+        if name in found and (stated := layout(unit.file, name).sizes) != found[name]
     ]
 
 

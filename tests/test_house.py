@@ -45,7 +45,7 @@ HOUSE = {
     "version": Room(),
     "problem": Room(),
     "driver": Room(),
-    "signatures": Room(),
+    "signatures": Room("driver"),
     "tensor_map": Room("driver"),
     "plan.*": Room("problem"),
     "compiler": Room("problem signatures", foreign="cupy"),
