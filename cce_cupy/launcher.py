@@ -244,16 +244,13 @@ class Launcher:
         cluster = 1 if name == "forward_single" else 2
         # Pairs need an even number of blocks.
         blocks = -(-cut.blocks // cluster) * cluster
-        shape = problem.tokens, problem.dim
-        e_maps = [
-            tensor_map(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, (rows, _DEPTH))
-            for rows in (ROW_TILE, 8, 1)
-        ]
+        shape, box = (problem.tokens, problem.dim), (ROW_TILE, _DEPTH)
+        e_map = tensor_map(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, box)
         shape, box = (problem.vocab, problem.dim), (TILE_COLUMNS // cluster, _DEPTH)
         c_map = tensor_map(inputs.c.pointer, shape, inputs.c.stride, problem.dtype, box)
         self.launch(
-            "sm90/forward", name, (blocks, 1), (_FORWARD_THREADS, 1), *e_maps, c_map,
-            *self.map, inputs.bias, room["smoothing"] if plan.smooths else 0, problem.dim,
+            "sm90/forward", name, (blocks, 1), (_FORWARD_THREADS, 1), e_map, c_map,
+            *self.e, *self.map, inputs.bias, room["smoothing"] if plan.smooths else 0, problem.dim,
             problem.vocab, *self.logit_options, *self.filter(), cut.unit_tiles, cut.group,
             own, bound, target_logit, *self._unit_sums(statistics), plan.capacity, bits, plan.words,
         )  # fmt: skip

@@ -29,14 +29,14 @@ ROW_FACTORS = "3P"
 RECORDS = "2P"
 UNIT_SUMS = "6P"
 HOPPER_FORWARD = (
-    ROW_MAP + "PPqq" + LOGIT_OPTIONS + FILTER + "ii3P" + UNIT_SUMS + "qPq"
-)  # map; bias, smoothing, dim, vocab; how it is cut, rows' own; sums; capacity, bits, words
+    MATRIX + ROW_MAP + "PPqq" + LOGIT_OPTIONS + FILTER + "ii3P" + UNIT_SUMS + "qPq"
+)  # e, map; bias, smoothing, dim, vocab; how it is cut, rows' own; sums; capacity, bits, words
 
 _FORWARD = (
     MATRIX, MATRIX, POINTER, POINTER, INT64, INT64, INT64, INT64, LOGIT_OPTIONS, FILTER, ROW_MAP,
     POINTER, POINTER, SEGMENT_SUMS, POINTER, INT64,
 )  # fmt: skip
-_HOPPER_FORWARD = (*[TENSOR_MAP] * 4, HOPPER_FORWARD)
+_HOPPER_FORWARD = (TENSOR_MAP, TENSOR_MAP, HOPPER_FORWARD)
 
 PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
     "portable/tokens.cu": {

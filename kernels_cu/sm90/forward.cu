@@ -76,46 +76,48 @@ __device__ __forceinline__ void release(const uint64& empty) {
   }
 }
 
-// The descriptors of e: boxes of a row tile, of eight rows, and of one.
-struct RowMaps {
-  const TensorMap& tile;
-  const TensorMap& eight;
-  const TensorMap& one;
-};
-
-// Fill stages, unit by unit. Rows of e that follow each other come in one copy; around ignored tokens
-// eight by eight, and one by one where eight do not follow each other.
+// Fill stages, unit by unit. Boxes of c, and of e where its rows follow each other, are asked for by
+// one thread; around ignored tokens all threads copy e word by word, and warps take turns at asking.
 template <int kCluster>
-__device__ __forceinline__ void copy_tiles(Shared& shared, const RowMaps& e_maps,
+__device__ __forceinline__ void copy_tiles(Shared& shared, const TensorMap& e_map,
                                            const TensorMap& c_map,
                                            const ForwardArguments& call, int count,
                                            const Order& order, uint32 rank) {
   constexpr int kShare = kTileN / kCluster;  // a block's share of the columns it copies for all
-  static_assert(kTileM == kGroupThreads, "a row for each thread");
-  const int thread = threadIdx.x;
-  const int steps = (static_cast<int>(call.dim) + kTileK - 1) / kTileK;
+  constexpr int kWordBytes = 16, kWordElements = kWordBytes / sizeof(Storage);
+  constexpr int kWordsOfRow = kTileK / kWordElements;
+  constexpr int kRowStep = kGroupThreads / kWordsOfRow;
+  constexpr int kRowsOfThread = kTileM / kRowStep;
+  constexpr int kWarps = kGroupThreads / 32;
+  static_assert(kRowStep % 8 == 0, "a thread's rows have one swizzle");
+  const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
+  const int steps = (dim + kTileK - 1) / kTileK;
   const int units = order.row_blocks * order.across();
+  const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
+  const uint32 place_in_stage = (first * kWordsOfRow + (word ^ first % 8)) * kWordBytes;
   RingPlace<kStages> place;
   if (thread == 0) {
-    prefetch_map(e_maps.tile);
+    prefetch_map(e_map);
     prefetch_map(c_map);
   }
   for (int number = blockIdx.x / kCluster; number < units; number += gridDim.x / kCluster) {
     const Unit unit(order, number);
     const TileRows rows(call.map, count, unit.row_block * kCluster + rank);
-    // Some of a warp's threads may have had less to do; barriers and exchanges take all.
+    // Barriers take whole warps, of which some threads may have had less to do.
     __syncwarp();
-    int source = rows.source;
-    bool eight = false;
+    // Of this thread's words: one of eight in each of eight rows, sixteen rows apart.
+    uint32 word_of_row[kRowsOfThread];
     if (!rows.follow) {
       // The others may come to it no earlier than the one who copied all before.
       named_sync<kCopiers, kGroupThreads>();
-      // Rows past the last count for nothing, whatever they hold.
-      source = static_cast<int>(call.map.source[rows.top + min(thread, rows.number - 1)]);
-      const int lane = thread % 32;
-      eight = __shfl_sync(~0u, source, lane | 7) - __shfl_sync(~0u, source, lane & ~7) == 7;
-    }
-    if (rows.follow ? thread != 0 : eight && thread % 8 != 0) {
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        // Rows past the last count for nothing, whatever they hold.
+        const int row = min(first + i * kRowStep, rows.number - 1);
+        const int64 at = call.map.source[rows.top + row] * call.e.stride + word * kWordElements;
+        word_of_row[i] = static_cast<uint32>(at / kWordElements);
+      }
+    } else if (thread != 0) {
       place.skip((unit.last - unit.first) * steps);
       continue;
     }
@@ -124,26 +126,30 @@ __device__ __forceinline__ void copy_tiles(Shared& shared, const RowMaps& e_maps
         Stage& stage = shared.stage[place.stage];
         wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
         const uint32 full = shared_address(&shared.ring.full[place.stage]);
-        const int depth = step * kTileK;
-        if (thread == 0) {
-          mbarrier_expect_bytes(full, sizeof(stage.c) + sizeof(stage.e));
+        if (thread == (rows.follow ? 0 : step % kWarps * 32)) {
+          mbarrier_expect_bytes(full, sizeof(stage.c) + (rows.follow ? sizeof(stage.e) : 0));
           const int left = tile * kTileN + static_cast<int>(rank) * kShare;
           Storage* share = stage.c + rank * kShare * kTileK;
           if (kCluster == 1) {
-            copy_box(shared_address(share), c_map, depth, left, full, kEvictFirst);
+            copy_box(shared_address(share), c_map, step * kTileK, left, full, kEvictFirst);
           } else {
-            copy_box_to_blocks(shared_address(share), c_map, depth, left, full,
+            copy_box_to_blocks(shared_address(share), c_map, step * kTileK, left, full,
                                (1 << kCluster) - 1, kEvictFirst);
           }
+          if (rows.follow) {
+            copy_box(shared_address(stage.e), e_map, step * kTileK, rows.source, full, kEvictLast);
+            mbarrier_arrive(full, kGroupThreads);
+          }
         }
-        // The swizzle is that of the address, so that a box may start at any row of a stage.
-        const uint32 to = shared_address(stage.e + thread * kTileK);
-        if (rows.follow) {
-          copy_box(to, e_maps.tile, depth, source, full, kEvictLast);
-        } else if (eight) {
-          copy_box(to, e_maps.eight, depth, source, full, kEvictLast);
-        } else {
-          copy_box(to, e_maps.one, depth, source, full, kEvictLast);
+        if (!rows.follow) {
+          const uint32 to = shared_address(stage.e) + place_in_stage;
+          const Storage* from = call.e.data + step * kTileK;
+          const uint32 bytes = step * kTileK + word * kWordElements < dim ? kWordBytes : 0;
+#pragma unroll
+          for (int i = 0; i < kRowsOfThread; ++i)
+            copy_word(to + i * kRowStep * kTileK * sizeof(Storage),
+                      from + static_cast<uint64>(word_of_row[i]) * kWordElements, bytes);
+          arrive_after_words(full);
         }
       }
   }
@@ -180,6 +186,7 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
     const Unit unit(order, number);
     const int rank = kCluster == 1 ? 0 : static_cast<int>(rank_in_cluster());
     const int row_tile = unit.row_block * kCluster + rank;
+    const bool follow = TileRows(call.map, count, row_tile).follow;
     shared.last[this_thread()] = unit.last;
     shared.row_tile[this_thread()] = row_tile;
     shared.part[this_thread()] = kConsumers * unit.across + this_thread() / kGroupThreads;
@@ -228,6 +235,8 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
       int done = 0;
       for (int step = 0; step < steps; ++step) {
         wait_for(shared.ring.full[place.stage], place.parity);
+        // What words came as is written in the ordinary way, and read by the matrix unit.
+        if (!follow) fence_async_proxy();
         product_fence();
         start_products(z, shared.stage[place.stage], step == 0);
         if (step > 0) {
@@ -264,7 +273,7 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
 }
 
 template <int kCluster, bool kPlain, bool kStatistics>
-__device__ __forceinline__ void run(const RowMaps& e_maps, const TensorMap& c_map,
+__device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_map,
                                     const ForwardArguments& given) {
   extern __shared__ unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(
@@ -273,7 +282,8 @@ __device__ __forceinline__ void run(const RowMaps& e_maps, const TensorMap& c_ma
   if (threadIdx.x == 0) {
     shared.seed = *given.map.seed;
     for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(shared_address(&shared.ring.full[i]), 1);
+      // One for the bytes that are expected, one for each thread that may copy words.
+      mbarrier_init(shared_address(&shared.ring.full[i]), 1 + kGroupThreads);
       mbarrier_init(shared_address(&shared.ring.empty[i]), kCluster);
     }
     fence_barrier_init();
@@ -293,7 +303,7 @@ __device__ __forceinline__ void run(const RowMaps& e_maps, const TensorMap& c_ma
   order.group = given.group;
   if (threadIdx.x < kGroupThreads) {
     give_registers<kCopyRegisters>();
-    copy_tiles<kCluster>(shared, e_maps, c_map, given, count, order, rank);
+    copy_tiles<kCluster>(shared, e_map, c_map, given, count, order, rank);
   } else {
     take_registers<kSumRegisters>();
     sum_tiles<kCluster, kPlain, kStatistics>(shared, given, count, order);
@@ -309,12 +319,11 @@ __device__ __forceinline__ void run(const RowMaps& e_maps, const TensorMap& c_ma
 
 using namespace cce;
 
-#define CCE_FORWARD(name, cluster, plain, statistics)                                              \
-  extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(kThreads, 1)        \
-      name(const __grid_constant__ TensorMap e_tile, const __grid_constant__ TensorMap e_eight,    \
-           const __grid_constant__ TensorMap e_one, const __grid_constant__ TensorMap c_map,       \
-           const __grid_constant__ ForwardArguments given) {                                       \
-    run<cluster, plain, statistics>(RowMaps{e_tile, e_eight, e_one}, c_map, given);                \
+#define CCE_FORWARD(name, cluster, plain, statistics)                                        \
+  extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(kThreads, 1)  \
+      name(const __grid_constant__ TensorMap e_map, const __grid_constant__ TensorMap c_map, \
+           const __grid_constant__ ForwardArguments given) {                                 \
+    run<cluster, plain, statistics>(e_map, c_map, given);                                    \
   }
 
 // Grid: as many clusters as fit on the device. Pairs of blocks share the columns they copy. Plain:

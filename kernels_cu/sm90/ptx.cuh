@@ -121,6 +121,17 @@ __device__ __forceinline__ void copy_box_to_blocks(uint32 to, const TensorMap& m
       : "memory");
 }
 
+// 16 bytes; zeros where `bytes` is 0.
+__device__ __forceinline__ void copy_word(uint32 to, const void* from, uint32 bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+
+// The thread's copies of words so far count as one arrival when they are done.
+__device__ __forceinline__ void arrive_after_words(uint32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // Registers of a thread, of which warp groups trade some.
 
 template <int kRegisters>

@@ -57,6 +57,7 @@ struct UnitSums {
 };
 
 struct ForwardArguments {
+  Matrix e;
   RowMap map;
   const Storage* bias;
   const float* smoothing;
@@ -300,6 +301,12 @@ __device__ __forceinline__ void take_targets(Block z, Shared& shared, int m,
   }
 }
 
+// The bits of a byte, two by two, at the start of each byte of a word.
+__device__ __forceinline__ uint32 spread(uint32 byte) {
+  const uint32 halves = (byte | byte << 12) & 0x000F000Fu;
+  return (halves | halves << 6) & 0x03030303u;
+}
+
 // Mark the columns of the given chunks that hold a logit of at least a part of its row's sum.
 __device__ __forceinline__ void mark_columns(Block z, uint32 chunks, const float (&reference)[2],
                                              const float (&level)[2], float chunk_threshold,
@@ -307,23 +314,32 @@ __device__ __forceinline__ void mark_columns(Block z, uint32 chunks, const float
   const float base[2] = {reference[0] + logarithm_to_two(level[0]),
                          reference[1] + logarithm_to_two(level[1])};
   const float own = logarithm_to_two(chunk_threshold);
+  // A byte for each chunk, of this thread's eight columns.
+  uint32 kept[(kChunks + 3) / 4] = {};
 #pragma unroll
   for (int w = 0; w < kChunks; ++w) {
-    if (!(chunks >> w & 1)) continue;
     const float least = __shfl_sync(~0u, own, w);
+    if (!(chunks >> w & 1)) continue;
     const float lowest[2] = {(base[0] + least) * (1.0f / kLog2E),
                              (base[1] + least) * (1.0f / kLog2E)};
-    uint32 kept = 0;
 #pragma unroll
     for (int j = 0; j < kSpansInChunk; ++j)
 #pragma unroll
       for (int side = 0; side < 2; ++side)
         if (z[SumPlace::index(kSpansInChunk * w + j, 0, side)] >= lowest[0] ||
             z[SumPlace::index(kSpansInChunk * w + j, 1, side)] >= lowest[1])
-          kept |= 1u << (8 * j + side);
-    kept = __reduce_or_sync(~0u, kept << 2 * (lane % 4));
-    if (lane == 0 && kept != 0) atomicOr(words + w, kept);
+          kept[w / 4] |= 1u << (8 * (w % 4) + 2 * j + side);
   }
+  // Over the lanes that hold the same columns of other rows; then a lane for each chunk and each four
+  // of its columns' pairs.
+#pragma unroll
+  for (int i = 0; i < (kChunks + 3) / 4; ++i)
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) kept[i] |= __shfl_xor_sync(~0u, kept[i], step);
+  static_assert(kSpansInChunk == 4 && kChunks <= 8, "a byte for each chunk, a lane for four");
+  const int w = lane / 4;
+  const uint32 byte = (w < 4 ? kept[0] : kept[1]) >> 8 * (w % 4) & 0xFF;
+  if (w < kChunks && byte != 0) atomicOr(words + w, spread(byte) << 2 * (lane % 4));
 }
 
 // Add a block's exponentials to the rows' sums, and mark the columns to keep. Levels are lower bounds
