@@ -64,7 +64,7 @@ class Call:
             product += poison
 
     def products(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Cut rows of a dense group where stored logits end, stored or not.
+        """Cut rows of a dense group where stored rows end, stored or not.
 
         BLAS may sum in another order where it is given more rows.
         """
@@ -82,18 +82,19 @@ class Call:
             self.progress(stage, done, total)
 
 
-class StoredLogits(NamedTuple):
-    """Logits of the first rows in memory that becomes dC later.
+class Stored(NamedTuple):
+    """What the forward formed of the first rows, in memory that becomes dC later.
 
-    The two fit into one another column by column: dC of a range of columns is as large as its
-    logits for as many rows as dC is wide.
+    The exponentials exp(z - reference), 0 at the targets; the logits where there is a softcap,
+    whose slope needs them. The two fit into one another column by column: dC of a range of
+    columns is as large as they are for as many rows as dC is wide.
     """
 
     memory: Array
     rows: int
 
     def block(self, left: int, right: int) -> Array:
-        """Return the logits of a range of columns, of shape (rows, columns)."""
+        """Return the part of a range of columns, of shape (rows, columns)."""
         width = right - left
         return self.memory[left:right].reshape(-1)[: self.rows * width].reshape(self.rows, width)
 

@@ -9,12 +9,16 @@ import numpy as np
 
 from ..plan import COLUMN_CHUNK, MARGIN, ROW_TILE
 from . import columns as kept
-from .call import ELEMENTWISE_ROWS, Call, StoredLogits, spans
+from .call import ELEMENTWISE_ROWS, Call, Stored, spans
 from .memory import Array, Scratch, Workers
 
-NEAR_ZERO = 40.0
-"""Bounds of lse below which the sum of the exponentials themselves is far from both ends of a
-float32: what underflows is less than exp(-47) of the sum."""
+NEAR_ZERO = (-8.0, 40.0)
+"""Bounds of lse between which exponentials need no reference: they are far from both ends of a
+float32, and a probability above exp(-79) is a normal number."""
+
+FAR = 30.0
+"""How far below lse the reference of a row may be for a backward to take the exponentials
+relative to it: the rest, exp(reference - lse), is a factor that must not underflow."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,12 @@ class Forward:
         Kept-column bits of each row tile.
     entropy : ndarray of float64 or None
     argmax : ndarray of int64 or None
-    stored : StoredLogits or None
-        Some of the logits, which the backward consumes.
+    reference : ndarray of the dtype of the sums, shape (rows,)
+        What the backward takes its exponentials relative to.
+    apart : ndarray of bool, shape (rows,)
+        Rows whose reference is their lse, which was not known when exponentials were stored.
+    stored : Stored or None
+        Some of the exponentials, which the backward consumes.
     """
 
     lse: Array
@@ -41,7 +49,9 @@ class Forward:
     bits: Array | None
     entropy: Array | None
     argmax: Array | None
-    stored: StoredLogits | None = None
+    reference: Array
+    apart: Array
+    stored: Stored | None = None
 
 
 class _RowState:
@@ -55,6 +65,11 @@ class _RowState:
         """Sum of exp(z - reference) over the columns seen, the target's left out."""
         self.bound = bound.astype(np.float64)
         """A lower bound of the final lse."""
+        near = (bound > NEAR_ZERO[0]) & (bound < NEAR_ZERO[1])
+        self.base = np.where(near, 0.0, self.bound)
+        """Exponent that those sums are relative to that no filter looks at."""
+        self.apart = np.zeros(rows, np.bool_)
+        """Rows whose sums overflowed relative to that."""
         self.target_logit = np.full(rows, -np.inf)
         self.smoothed_logit = np.zeros(rows)
         self.total = np.zeros(rows if statistics else 0)
@@ -69,6 +84,7 @@ class _RowState:
         finite = np.where(reference == -np.inf, 0.0, reference)
         mine, theirs = np.exp(self.reference - finite), np.exp(other.reference - finite)
         self.rest = self.rest * mine + other.rest * theirs
+        self.apart |= other.apart
         self.target_logit = np.maximum(self.target_logit, other.target_logit)
         self.smoothed_logit = self.smoothed_logit + other.smoothed_logit
         if len(self.total):
@@ -105,7 +121,7 @@ def forward(
     statistics : bool
         Also form entropy and argmax.
     store : bool
-        Leave logits in the memory of dC for one backward, as far as the plan allows.
+        Leave exponentials in the memory of dC for one backward, as far as the plan allows.
 
     Returns
     -------
@@ -143,9 +159,9 @@ def _segment_columns(vocab: int, segments: int, column_block: int) -> int:
     return max(-(-vocab // (segments * column_block)), 1) * column_block
 
 
-def _new_store(call: Call) -> StoredLogits | None:
+def _new_store(call: Call) -> Stored | None:
     rows = min(call.plan.stored_rows, len(call.rows))
-    return StoredLogits(np.empty(call.arrays.c.shape, call.dtype), rows) if rows else None
+    return Stored(np.empty(call.arrays.c.shape, call.dtype), rows) if rows else None
 
 
 class _ForwardRun(NamedTuple):
@@ -155,7 +171,7 @@ class _ForwardRun(NamedTuple):
     bits: Array | None
     statistics: bool
     scratch: Scratch
-    stored: StoredLogits | None
+    stored: Stored | None
 
     def first_bounds(self, group: tuple[int, int]) -> Array:
         """Bound each row's lse from below by the logits of its group's targets.
@@ -237,8 +253,15 @@ class _ForwardRun(NamedTuple):
             total, weighted = joined("total"), joined("weighted")
             entropy = np.maximum(np.log(total) - weighted / total, 0.0)
             argmax = joined("argmax").astype(np.int64)
+        base, dtype = joined("base"), self.call.dtype
+        apart = joined("apart").astype(np.bool_) | ~(np.abs(lse - base) < FAR)
+        if self.bits is not None:
+            apart[:] = True
+        reference = np.where(apart, lse, base).astype(dtype)
         smoothed = joined("smoothed_logit")
-        return Forward(lse, nll, smoothed, self.bits, entropy, argmax, self.stored)
+        return Forward(
+            lse, nll, smoothed, self.bits, entropy, argmax, reference, apart, self.stored
+        )
 
 
 class _ForwardTile(NamedTuple):
@@ -252,7 +275,7 @@ class _ForwardTile(NamedTuple):
     ones: Array
     """One for each column: a product with it is the fastest sum over a row."""
     store: Array | None
-    """Where to leave the logits for the backward."""
+    """Where to leave for the backward what `Stored` describes."""
     group: int
     top: int
     left: int
@@ -284,8 +307,7 @@ class _ForwardTile(NamedTuple):
             place = z.argmax(axis=1)
             state.take_best(z[np.arange(len(z)), place], place + self.left, rows)
 
-        if self.store is not None:
-            # Not as the product's own output: that took longer, BLAS visits its output repeatedly.
+        if self.store is not None and call.problem.softcap is not None:
             np.copyto(self.store, z)
 
         # The bound is close enough to the largest logit for all but contrived input, and finding
@@ -296,8 +318,9 @@ class _ForwardTile(NamedTuple):
             # Where everything so far is -inf any finite reference will do.
             reference[reference == -np.inf] = 0.0
         elif run.bits is None:
-            # Nothing to subtract; and nothing underflows that counts.
-            reference[np.abs(reference) < NEAR_ZERO] = 0.0
+            # Mostly nothing to subtract; and the same in all blocks, for the backward.
+            apart = state.apart[rows]
+            reference = np.where(apart, reference, state.base[rows].astype(z.dtype))
         reference[infinite] = np.nan
         others = self._others(reference, hit, at)
         if not np.isfinite(others).all():
@@ -315,16 +338,20 @@ class _ForwardTile(NamedTuple):
         state.bound[rows] = np.maximum(state.bound[rows], seen)
 
     def _others(self, reference: Array, hit: Array, at: Array) -> Array:
-        """Replace logits by exp(z - reference), the target's by 0; return each row's sum."""
+        """Form exp(z - reference), the target's 0, in place or in the store; sum up each row."""
         z = self.logits
         if reference.any():  # a NaN too
             z -= reference[:, None]
+        out = z
         if self.run.statistics:
             self._entropy(z, reference)
         else:
-            np.exp(z, out=z)
-        z[hit, at] = 0.0
-        return np.asarray(z @ self.ones)
+            # The product's own output is not in the store: BLAS visits its output repeatedly.
+            if self.store is not None and self.run.call.problem.softcap is None:
+                out = self.store
+            np.exp(z, out=out)
+        out[hit, at] = 0.0
+        return np.asarray(out @ self.ones)
 
     def _repeat(self, rows: Array, reference: Array, others: Array) -> None:
         """Sum rows whose sums overflowed again, relative to their largest logit.
@@ -347,6 +374,7 @@ class _ForwardTile(NamedTuple):
         z[hit, target[hit]] = 0.0
         others[rows] = z @ self.ones
         self.logits[rows] = z
+        self.state.apart[self.top + rows] = True
 
     def _keep(self, number: int, z: Array, targets: Array) -> Array:
         """Test a row tile's columns against bounds of lse: a superset of what the backward keeps.
