@@ -123,8 +123,9 @@ class _Backward:
         self.scratch = Scratch(call.dtype)
         e, c, bias = call.arrays.e, call.arrays.c, call.arrays.bias
         self.de = np.zeros((call.problem.tokens, call.problem.dim), e.dtype)
-        # What the forward stored lies in memory that is written whole, range by range.
-        self.dc = np.zeros(c.shape, c.dtype) if saved.stored is None else saved.stored.memory
+        # What the forward stored is overwritten or cleared, range by range.
+        stored = saved.stored or saved.stored_columns
+        self.dc = np.zeros(c.shape, c.dtype) if stored is None else stored.memory
         self.dbias = None if bias is None else np.zeros(len(bias), call.dtype)
         self.rounds = self.de.dtype != call.dtype
         self.kept = 0
@@ -261,6 +262,8 @@ class _Backward:
             if dense is not None:
                 whole = _Piece(slice(*columns), dense, dense, None)
                 self.add_columns(sums, whole, embeddings, empty=first == 0)
+        if self.saved.stored_columns is not None:
+            self.saved.stored_columns.clear(*columns)
         self.finish_columns(sums)
         return passed
 
@@ -305,6 +308,13 @@ class _Backward:
         chosen: list[slice | Array] = [slice(*columns)]
         if sweep.filtered and self.saved.bits is not None:
             listed = kept.kept_columns(self.saved.bits, rows[0] // ROW_TILE, *columns)
+            if self.saved.stored_columns is not None and len(listed) <= call.plan.gather_block:
+                dz = self.scratch.get("dz", len(embeddings), len(listed))
+                tile, reference = rows[0] // ROW_TILE, self.saved.reference[slice(*rows)]
+                if self.saved.stored_columns.take(dz, tile, columns, reference):
+                    passed = _BackwardTile(self, dz, rows[0], listed).form(dz, True, True)
+                    yield _Piece(listed, dz, call.classifier(listed), passed)
+                    return
             cuts = spans(0, len(listed), call.plan.gather_block)
             chosen = [listed[start:stop] for start, stop in cuts]
         elementwise = ROW_TILE if sweep.filtered else ELEMENTWISE_ROWS

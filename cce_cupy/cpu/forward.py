@@ -9,7 +9,7 @@ import numpy as np
 
 from ..plan import COLUMN_CHUNK, MARGIN, ROW_TILE
 from . import columns as kept
-from .call import ELEMENTWISE_ROWS, Call, Stored, spans
+from .call import ELEMENTWISE_ROWS, Call, Stored, StoredColumns, spans
 from .memory import Array, Scratch, Workers
 
 NEAR_ZERO = (-8.0, 40.0)
@@ -40,6 +40,7 @@ class Forward:
     apart : ndarray of bool, shape (rows,)
         Rows whose reference is their lse, which was not known when exponentials were stored.
     stored : Stored or None
+    stored_columns : StoredColumns or None
         Some of the exponentials, which the backward consumes.
     """
 
@@ -52,6 +53,7 @@ class Forward:
     reference: Array
     apart: Array
     stored: Stored | None = None
+    stored_columns: StoredColumns | None = None
 
 
 class _RowState:
@@ -135,14 +137,16 @@ def forward(
         statistics,
         Scratch(call.dtype),
         _new_store(call) if store else None,
+        _new_column_store(call) if store and filtered else None,
     )
     groups = spans(0, rows, plan.row_block)
     segments = spans(0, vocab, _segment_columns(vocab, plan.segments, plan.column_block))
     items = [(group, segment) for group in groups for segment in segments]
     states: list[_RowState] = []
     with np.errstate(all="ignore"), Workers(rows * vocab, plan.concurrency) as workers:
-        bounds = list(workers.map(run.first_bounds, groups))
-        starts = [bound for bound in bounds for _ in segments]
+        parts = [part for group in groups for part in spans(*group, ELEMENTWISE_ROWS)]
+        bounds = np.concatenate([*workers.map(run.first_bounds, parts), np.zeros(0, call.dtype)])
+        starts = [bounds[slice(*group)] for group, _ in items]
         for done, state in enumerate(workers.map(run.visit, zip(items, starts, strict=True))):
             if items[done][1] == segments[0]:
                 states.append(state)
@@ -150,7 +154,7 @@ def forward(
                 states[-1].merge(state)
             call.report("forward", done + 1, len(items))
         if not segments:
-            states = [_RowState(bound, statistics) for bound in bounds]
+            states = [_RowState(bounds[slice(*group)], statistics) for group in groups]
         return run.finish(states)
 
 
@@ -164,6 +168,14 @@ def _new_store(call: Call) -> Stored | None:
     return Stored(np.empty(call.arrays.c.shape, call.dtype), rows) if rows else None
 
 
+def _new_column_store(call: Call) -> StoredColumns | None:
+    plan, tiles = call.plan, -(-len(call.rows) // ROW_TILE)
+    if not (plan.stores_columns and tiles):
+        return None
+    sizes = np.zeros((tiles, -(-call.problem.vocab // plan.column_block)), np.int64)
+    return StoredColumns(np.zeros(call.arrays.c.shape, call.dtype), plan.column_block, sizes)
+
+
 class _ForwardRun(NamedTuple):
     """What the parts of one forward share."""
 
@@ -172,8 +184,9 @@ class _ForwardRun(NamedTuple):
     statistics: bool
     scratch: Scratch
     stored: Stored | None
+    stored_columns: StoredColumns | None
 
-    def first_bounds(self, group: tuple[int, int]) -> Array:
+    def first_bounds(self, part: tuple[int, int]) -> Array:
         """Bound each row's lse from below by the logits of its group's targets.
 
         A sum over some of the columns is less than that over all; and what neighbours are about
@@ -182,9 +195,10 @@ class _ForwardRun(NamedTuple):
         with each row's own three times as many.
         """
         call = self.call
-        targets = np.unique(call.rows.target[slice(*group)])
-        sums = np.full(group[1] - group[0], -np.inf, call.dtype)
-        embeddings = call.embeddings(*group)
+        group = part[0] // call.plan.row_block * call.plan.row_block
+        targets = np.unique(call.rows.target[group : group + call.plan.row_block])
+        sums = np.full(part[1] - part[0], -np.inf, call.dtype)
+        embeddings = call.embeddings(*part)
         for start, stop in spans(0, len(targets), call.plan.column_block):
             some = targets[start:stop]
             z = self.scratch.get("logits", len(sums), len(some))
@@ -247,7 +261,11 @@ class _ForwardRun(NamedTuple):
         lse = np.logaddexp(others, target_logit)
         if self.bits is not None:
             # A row that is not finite makes every column of the gradients so.
-            self.bits[np.unique(np.flatnonzero(~np.isfinite(lse)) // ROW_TILE)] = 0xFF
+            lost = np.unique(np.flatnonzero(~np.isfinite(lse)) // ROW_TILE)
+            self.bits[lost] = 0xFF
+            if self.stored_columns is not None:
+                # What lies there will be overwritten: now all columns are kept.
+                self.stored_columns.sizes[lost] = 0
         entropy = argmax = None
         if self.statistics:
             total, weighted = joined("total"), joined("weighted")
@@ -260,7 +278,16 @@ class _ForwardRun(NamedTuple):
         reference = np.where(apart, lse, base).astype(dtype)
         smoothed = joined("smoothed_logit")
         return Forward(
-            lse, nll, smoothed, self.bits, entropy, argmax, reference, apart, self.stored
+            lse,
+            nll,
+            smoothed,
+            self.bits,
+            entropy,
+            argmax,
+            reference,
+            apart,
+            self.stored,
+            self.stored_columns,
         )
 
 
@@ -334,6 +361,9 @@ class _ForwardTile(NamedTuple):
                 number = (self.group + self.top + top) // ROW_TILE
                 keep = self._keep(number, z[top:bottom], targets)
                 kept.put_bits(run.bits, number, self.left, keep)
+                if run.stored_columns is not None:
+                    tile = slice(top, bottom)
+                    run.stored_columns.put(number, self.left, z[tile], reference[tile], keep)
         seen = state.reference[rows] + np.log(state.rest[rows])
         state.bound[rows] = np.maximum(state.bound[rows], seen)
 
