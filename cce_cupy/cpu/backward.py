@@ -308,13 +308,10 @@ class _Backward:
         chosen: list[slice | Array] = [slice(*columns)]
         if sweep.filtered and self.saved.bits is not None:
             listed = kept.kept_columns(self.saved.bits, rows[0] // ROW_TILE, *columns)
-            if self.saved.stored_columns is not None and len(listed) <= call.plan.gather_block:
-                dz = self.scratch.get("dz", len(embeddings), len(listed))
-                tile, reference = rows[0] // ROW_TILE, self.saved.reference[slice(*rows)]
-                if self.saved.stored_columns.take(dz, tile, columns, reference):
-                    passed = _BackwardTile(self, dz, rows[0], listed).form(dz, True, True)
-                    yield _Piece(listed, dz, call.classifier(listed), passed)
-                    return
+            stored = self.stored_piece(rows, columns, listed)
+            if stored is not None:
+                yield stored
+                return
             cuts = spans(0, len(listed), call.plan.gather_block)
             chosen = [listed[start:stop] for start, stop in cuts]
         elementwise = ROW_TILE if sweep.filtered else ELEMENTWISE_ROWS
@@ -327,17 +324,30 @@ class _Backward:
             for first, last in call.products(*rows):
                 within = slice(first - rows[0], last - rows[0])
                 some = embeddings[within]
-                source = self.stored((first, last), some, classifier, piece)
-                ready = source is not None and call.problem.softcap is None
-                if source is None:
-                    source = dz[within]
+                known = self.stored((first, last), some, classifier, piece)
+                ready = known is not None and call.problem.softcap is None
+                source = dz[within] if known is None else known
+                if known is None:
                     np.matmul(some, classifier.T, out=source)
                     call.logits(source, piece)
                 for top, bottom in spans(first, last, elementwise):
                     tile = _BackwardTile(self, dz[top - rows[0] : bottom - rows[0]], top, piece)
                     part = source[top - first : bottom - first]
-                    passed = tile.form(part, ready, sweep.filtered)
+                    passed = tile.form(part, ready=ready, filtered=sweep.filtered)
             yield _Piece(piece, dz, classifier, passed)
+
+    def stored_piece(
+        self, rows: tuple[int, int], columns: tuple[int, int], listed: Array
+    ) -> _Piece | None:
+        """Form dz of the kept columns of a range, if the forward stored all of them."""
+        stored, first = self.saved.stored_columns, rows[0]
+        if stored is None or not 0 < len(listed) <= self.call.plan.gather_block:
+            return None
+        dz = self.scratch.get("dz", rows[1] - first, len(listed))
+        if not stored.take(dz, first // ROW_TILE, columns, self.saved.reference[slice(*rows)]):
+            return None
+        passed = _BackwardTile(self, dz, first, listed).form(dz, ready=True, filtered=True)
+        return _Piece(listed, dz, self.call.classifier(listed), passed)
 
     def stored(
         self,
@@ -442,7 +452,7 @@ class _BackwardTile(NamedTuple):
     top: int
     columns: slice | Array
 
-    def form(self, source: Array, ready: bool, filtered: bool) -> Array | None:
+    def form(self, source: Array, *, ready: bool, filtered: bool) -> Array | None:
         """Form dz from logits, or from exponentials that are ready; return which columns passed.
 
         What it is formed from may lie in its place.
