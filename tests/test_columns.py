@@ -10,6 +10,8 @@ import pytest
 import threadpoolctl
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import Case
+from tolerances import assert_within
 
 import cce_cupy
 from cce_cupy.cpu import columns as kept
@@ -222,7 +224,7 @@ def test_a_failing_worker_ends_the_call(monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "label_smoothing": 0.1, "shift": 1}])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("tokens", "dim"), [(90, 130), (128, 128), (450, 300), (1500, 150)])
-def test_stored_logits_give_the_bits_of_recomputed_ones(tokens, dim, dtype, options):
+def test_what_was_stored_gives_the_bits_of_what_is_recomputed(tokens, dim, dtype, options):
     e, c, targets = peaked_arrays(tokens, 3000, dim, dtype)[:3]
     bias = np.linspace(-1, 1, 3000).astype(dtype)
     bias[7] = -np.inf
@@ -237,8 +239,76 @@ def test_stored_logits_give_the_bits_of_recomputed_ones(tokens, dim, dtype, opti
             np.testing.assert_array_equal(stored, recomputed)
 
 
-def test_stored_logits_without_a_row_leave_zeros():
+@pytest.mark.parametrize("eps", [None, 1e-3])
+def test_a_store_without_a_row_leaves_zeros(eps):
     e, c, targets = peaked_arrays(256, 3000, dim=256)[:3]
-    _, gradients = cce_cupy.linear_cross_entropy_value_and_grad(e, c, np.full_like(targets, -100))
+    _, gradients = cce_cupy.linear_cross_entropy_value_and_grad(
+        e, c, np.full_like(targets, -100), filter_eps=eps
+    )
     assert not gradients.e.any()
     assert not gradients.c.any()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dim", "fits"), [(200, 120, True), (300, 130, True), (900, 16, False)]
+)
+@pytest.mark.parametrize("gradient_filter", ["unbiased", "threshold"])
+def test_stored_kept_columns_are_those_recomputed(tokens, dim, fits, gradient_filter):
+    """Including a row that makes all gradients NaN, of the third call."""
+    arrays = peaked_arrays(tokens, 5000, dim, np.float64)
+    bias = np.linspace(-1, 1, 5000)
+    bias[7] = -np.inf
+    arrays = arrays._replace(bias=bias, targets=np.where(arrays.targets == 7, 8, arrays.targets))
+    options = {"gradient_filter": gradient_filter, "filter_eps": 1e-4, "seed": 5}
+    for kind, label_smoothing, lost in (("f8", 0.0, False), ("f4", 0.1, False), ("f8", 0.0, True)):
+        cast = Arrays(*(a if a is None or a.dtype.kind == "i" else a.astype(kind) for a in arrays))
+        if lost:
+            cast.e[tokens // 2, 3] = np.nan
+        call = host_call(cast, label_smoothing=label_smoothing, **options)
+        recomputed = call.pullback(np.ones(()), None)
+        call.run_forward(keep_columns=True, once=True)
+        used = call.saved.stored_columns.sizes > 0
+        assert used.any() or not fits
+        assert used.all() == (fits and not lost)
+        stored = call.pullback(np.ones(()), None)
+        if kind == "f8":
+            assert stored.kept == recomputed.kept
+            np.testing.assert_array_equal(stored.c == 0, recomputed.c == 0)
+        for found, expected in zip(stored[:3], recomputed[:3], strict=True):
+            scale = 1 if lost else np.abs(expected).max()
+            rounding = 1e-12 if kind == "f8" else 2e-4
+            np.testing.assert_allclose(found, expected, rtol=0, atol=rounding * scale)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"z_loss": 1e-3, "softcap": 50.0}, {"label_smoothing": 0.1}]
+)
+def test_stored_rows_far_from_the_first_bound(options):
+    """Sums overflow relative to it, or lose what the backward needs."""
+    rng = np.random.default_rng(3)
+    e, c = rng.normal(size=(300, 256)) / 16, rng.normal(size=(4000, 256))
+    e[::3] *= 40
+    e[1::3] *= 150
+    targets = rng.integers(0, 4000, 300)
+    e, c = e.astype(np.float32), c.astype(np.float32)
+    case = Case("float32", e, c, targets, options, 0)
+    oracle = case.oracle()
+    loss, gradients = cce_cupy.linear_cross_entropy_value_and_grad(e, c, targets, **options)
+    tolerances = case.tolerances(oracle)
+    assert_within(loss, oracle.loss, tolerances.loss(), "loss")
+    bounds = tolerances.gradients()
+    for name, found, exact, allowed in zip(
+        "ec", gradients[:2], oracle.gradients()[:2], bounds[:2], strict=True
+    ):
+        assert_within(found, exact, allowed, name)
+
+
+def test_ranges_without_a_kept_column():
+    arrays = peaked_arrays(200, 20_000, 64)
+    arrays.bias[9000:] = -np.inf
+    arrays = arrays._replace(targets=arrays.targets % 5000)
+    options = {"gradient_filter": "threshold", "filter_eps": 1e-3}
+    loss, gradients = cce_cupy.linear_cross_entropy_value_and_grad(*arrays[:4], **options)
+    assert np.isfinite(loss)
+    assert not gradients.c[9000:].any()
+    assert gradients.c[:9000].any()

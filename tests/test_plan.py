@@ -178,8 +178,25 @@ def test_gpu_segments_of_many_rows_are_few(tiles):
         ({"dim": 640, "filter_eps": 0.1}, 0),
     ],
 )
-def test_logits_are_stored_where_dc_has_room_and_is_not_rounded_or_filtered(options, rows):
+def test_rows_are_stored_where_dc_has_room_and_is_not_rounded_or_filtered(options, rows):
     assert make_plan(problem(**options)).stored_rows == rows
+
+
+@pytest.mark.parametrize(
+    ("options", "stores"),
+    [
+        ({"filter_eps": 0.1}, True),
+        ({"filter_eps": 0.1, "dim": 640, "dtype": "float64"}, True),
+        ({}, False),
+        ({"filter_eps": 0.1, "dtype": "bfloat16"}, False),
+        ({"filter_eps": 0.1, "softcap": 30.0}, False),
+        ({"filter_eps": 0.1, "filter_e_grad": False}, False),
+    ],
+)
+def test_kept_columns_are_stored_where_both_gradients_are_filtered(options, stores):
+    plan = make_plan(problem(**options))
+    assert plan.stores_columns == stores
+    assert plan.column_range % plan.column_block == 0
 
 
 HALF = ("bfloat16", "float16")

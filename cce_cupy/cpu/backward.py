@@ -123,8 +123,9 @@ class _Backward:
         self.scratch = Scratch(call.dtype)
         e, c, bias = call.arrays.e, call.arrays.c, call.arrays.bias
         self.de = np.zeros((call.problem.tokens, call.problem.dim), e.dtype)
-        # What the stored logits lie in is written whole, range by range as they are consumed.
-        self.dc = np.zeros(c.shape, c.dtype) if saved.stored is None else saved.stored.memory
+        # What the forward stored is overwritten or cleared, range by range.
+        stored = saved.stored or saved.stored_columns
+        self.dc = np.zeros(c.shape, c.dtype) if stored is None else stored.memory
         self.dbias = None if bias is None else np.zeros(len(bias), call.dtype)
         self.rounds = self.de.dtype != call.dtype
         self.kept = 0
@@ -134,9 +135,26 @@ class _Backward:
         if call.classes.removed is not None:
             # The logit of a removed entry is -inf whatever e and c are.
             self.onehot = np.where(call.classes.removed[call.rows.target], 0, factors.onehot)
+        self.scale, self.target_dz = self._row_scales()
         smoothing = call.classes.smoothing
         self.smoothing_of_rank_one = smoothing if call.problem.softcap is None else None
         self.smoothing_in_dz = None if call.problem.softcap is None else smoothing
+
+    def _row_scales(self) -> tuple[Array, Array]:
+        """Return what a row's exponentials are multiplied by, and dz at its target.
+
+        The latter from the loss, whose relative accuracy is that of 1 - p of a certain token.
+        """
+        saved, softmax = self.saved, self.factors.softmax.astype(np.float64)
+        rest = np.exp(saved.reference - saved.lse)
+        scale = softmax * np.where(np.isfinite(saved.lse), rest, 1.0)
+        nll = np.where(np.isfinite(saved.lse), saved.nll, np.nan)
+        if self.call.classes.removed is not None:
+            nll[self.call.classes.removed[self.call.rows.target]] = np.inf
+        target_dz = softmax * np.exp(-nll) - self.onehot
+        plain = softmax == self.onehot
+        target_dz[plain] = (softmax * np.expm1(-nll))[plain]
+        return scale.astype(self.call.dtype), target_dz.astype(self.call.dtype)
 
     def gradients(self) -> HostGradients:
         """Round what is not rounded yet and return it all."""
@@ -244,6 +262,8 @@ class _Backward:
             if dense is not None:
                 whole = _Piece(slice(*columns), dense, dense, None)
                 self.add_columns(sums, whole, embeddings, empty=first == 0)
+        if self.saved.stored_columns is not None:
+            self.saved.stored_columns.clear(*columns)
         self.finish_columns(sums)
         return passed
 
@@ -288,6 +308,10 @@ class _Backward:
         chosen: list[slice | Array] = [slice(*columns)]
         if sweep.filtered and self.saved.bits is not None:
             listed = kept.kept_columns(self.saved.bits, rows[0] // ROW_TILE, *columns)
+            stored = self.stored_piece(rows, columns, listed)
+            if stored is not None:
+                yield stored
+                return
             cuts = spans(0, len(listed), call.plan.gather_block)
             chosen = [listed[start:stop] for start, stop in cuts]
         elementwise = ROW_TILE if sweep.filtered else ELEMENTWISE_ROWS
@@ -300,28 +324,54 @@ class _Backward:
             for first, last in call.products(*rows):
                 within = slice(first - rows[0], last - rows[0])
                 some = embeddings[within]
-                logits = self.logits(dz[within], (first, last), some, classifier, piece)
+                known = self.stored((first, last), some, classifier, piece)
+                ready = known is not None and call.problem.softcap is None
+                source = dz[within] if known is None else known
+                if known is None:
+                    np.matmul(some, classifier.T, out=source)
+                    call.logits(source, piece)
                 for top, bottom in spans(first, last, elementwise):
                     tile = _BackwardTile(self, dz[top - rows[0] : bottom - rows[0]], top, piece)
-                    passed = tile.form(logits[top - first : bottom - first], sweep.filtered)
+                    part = source[top - first : bottom - first]
+                    passed = tile.form(part, ready=ready, filtered=sweep.filtered)
             yield _Piece(piece, dz, classifier, passed)
 
-    def logits(
+    def stored_piece(
+        self, rows: tuple[int, int], columns: tuple[int, int], listed: Array
+    ) -> _Piece | None:
+        """Form dz of the kept columns of a range, if the forward stored all of them."""
+        stored, first = self.saved.stored_columns, rows[0]
+        if stored is None or not 0 < len(listed) <= self.call.plan.gather_block:
+            return None
+        dz = self.scratch.get("dz", rows[1] - first, len(listed))
+        if not stored.take(dz, first // ROW_TILE, columns, self.saved.reference[slice(*rows)]):
+            return None
+        passed = _BackwardTile(self, dz, first, listed).form(dz, ready=True, filtered=True)
+        return _Piece(listed, dz, self.call.classifier(listed), passed)
+
+    def stored(
         self,
-        room: Array,
         rows: tuple[int, int],
         embeddings: Array,
         classifier: Array,
         columns: slice | Array,
-    ) -> Array:
-        """Return logits of some rows: those that the forward stored, or recomputed in the room."""
+    ) -> Array | None:
+        """Return what the forward stored of some rows, or None."""
         stored = self.saved.stored
-        if stored is not None and rows[0] < stored.rows:
-            assert isinstance(columns, slice)
-            return stored.block(columns.start, columns.stop)[slice(*rows)]
-        np.matmul(embeddings, classifier.T, out=room)
-        self.call.logits(room, columns)
-        return room
+        if stored is None or rows[0] >= stored.rows:
+            return None
+        assert isinstance(columns, slice)
+        values = stored.block(columns.start, columns.stop)[slice(*rows)]
+        apart = np.flatnonzero(self.saved.apart[slice(*rows)])
+        if len(apart) and self.call.problem.softcap is None:
+            z = np.matmul(embeddings[apart], classifier.T)
+            self.call.logits(z, columns)
+            z -= self.saved.reference[slice(*rows)][apart, None]
+            np.exp(z, out=z)
+            if self.call.classes.removed is not None:
+                z[:, self.call.classes.removed[columns]] = 0.0
+            values[apart] = z
+        return values
 
     def add_product(self, part: Array | None, piece: _Piece) -> Array:
         """Add ``dz @ c`` to a group's part of dE, in a buffer of this thread."""
@@ -395,35 +445,41 @@ class _Backward:
 
 
 class _BackwardTile(NamedTuple):
-    """A row tile's part of a block of recomputed logits."""
+    """A row tile's part of a block of logits."""
 
     run: _Backward
     dz: Array
     top: int
     columns: slice | Array
 
-    def form(self, logits: Array, filtered: bool) -> Array | None:
-        """Form dz from logits, which may lie in its place; return which columns passed."""
+    def form(self, source: Array, *, ready: bool, filtered: bool) -> Array | None:
+        """Form dz from logits, or from exponentials that are ready; return which columns passed.
+
+        What it is formed from may lie in its place.
+        """
         run, dz = self.run, self.dz
         call, problem, columns = run.call, run.call.problem, self.columns
         rows = slice(self.top, self.top + len(dz))
         slope = None
         if problem.softcap is not None:
-            slope = 1.0 - (logits / problem.softcap) ** 2
-        np.subtract(logits, run.saved.lse[rows, None].astype(dz.dtype), out=dz)
-        np.exp(dz, out=dz)
-        if call.classes.removed is not None:
-            removed = call.classes.removed[columns]
-            dz[:, removed] = 0.0
-            if slope is not None:
-                slope[:, removed] = 0.0
+            slope = 1.0 - (source / problem.softcap) ** 2
+        if not ready:
+            reference = run.saved.reference[rows]
+            if reference.any():  # a NaN too
+                source = np.subtract(source, reference[:, None], out=dz)
+            source = np.exp(source, out=dz)
+            if call.classes.removed is not None:
+                removed = call.classes.removed[columns]
+                dz[:, removed] = 0.0
+                if slope is not None:
+                    slope[:, removed] = 0.0
         hit, at = self._targets(call.rows.target[rows])
         weight = None
         if filtered:
             weight = self._weights(at)
             dz *= weight
-        dz *= run.factors.softmax[rows, None]
-        dz[hit, at] -= run.onehot[rows][hit]
+        np.multiply(source, run.scale[rows, None], out=dz)
+        dz[hit, at] = run.target_dz[rows][hit]
         if run.smoothing_in_dz is not None:
             dz -= run.factors.smoothing[rows, None] * run.smoothing_in_dz[columns]
         if slope is not None:

@@ -64,7 +64,7 @@ class Call:
             product += poison
 
     def products(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Cut rows of a dense group where stored logits end, stored or not.
+        """Cut rows of a dense group where stored rows end, stored or not.
 
         BLAS may sum in another order where it is given more rows.
         """
@@ -82,20 +82,72 @@ class Call:
             self.progress(stage, done, total)
 
 
-class StoredLogits(NamedTuple):
-    """Logits of the first rows in memory that becomes dC later.
+class Stored(NamedTuple):
+    """What the forward formed of the first rows, in memory that becomes dC later.
 
-    The two fit into one another column by column: dC of a range of columns is as large as its
-    logits for as many rows as dC is wide.
+    The exponentials exp(z - reference), 0 at the targets; the logits where there is a softcap,
+    whose slope needs them. The two fit into one another column by column: dC of a range of
+    columns is as large as they are for as many rows as dC is wide.
     """
 
     memory: Array
     rows: int
 
     def block(self, left: int, right: int) -> Array:
-        """Return the logits of a range of columns, of shape (rows, columns)."""
+        """Return the part of a range of columns, of shape (rows, columns)."""
         width = right - left
         return self.memory[left:right].reshape(-1)[: self.rows * width].reshape(self.rows, width)
+
+
+class StoredColumns(NamedTuple):
+    """Exponentials of kept columns, and what they are relative to, in memory that becomes dC later.
+
+    The part of dC of a column block is cut into a slot for each row tile. It is zero but for what
+    is stored, and where too many columns are kept nothing is.
+    """
+
+    memory: Array
+    block: int
+    sizes: Array
+    """Elements in use, int64 of shape (row tiles, column blocks)."""
+
+    def slot(self, tile: int, left: int, right: int) -> Array:
+        """Return the room of a row tile in the column block [left, right)."""
+        room = self.memory[left:right].reshape(-1)
+        size = len(room) // len(self.sizes)
+        return room[tile * size : (tile + 1) * size]
+
+    def put(self, tile: int, left: int, z: Array, reference: Array, keep: Array) -> None:
+        """Store the kept columns of ``z = exp(logits - reference)``, as far as there is room."""
+        rows, slot = len(z), self.slot(tile, left, left + z.shape[1])
+        kept = np.flatnonzero(keep)
+        size = rows * (len(kept) + 1)
+        if size > len(slot):
+            return
+        slot[:rows] = reference
+        np.take(z, kept, axis=1, out=slot[rows:size].reshape(rows, len(kept)), mode="clip")
+        self.sizes[tile, left // self.block] = size
+
+    def take(self, out: Array, tile: int, columns: tuple[int, int], reference: Array) -> bool:
+        """Read all kept columns of a range, relative to another reference; False if one lacks."""
+        blocks = spans(*columns, self.block)
+        number, rows, at = columns[0] // self.block, len(out), 0
+        if not self.sizes[tile, number : number + len(blocks)].all():
+            return False
+        for place, (left, right) in enumerate(blocks, number):
+            stored = self.slot(tile, left, right)[: self.sizes[tile, place]].reshape(-1, rows)
+            width = len(stored) - 1
+            scale = np.exp(stored[0].astype(np.float64) - reference).astype(out.dtype)
+            values = stored[1:].reshape(rows, width)
+            np.multiply(values, scale[:, None], out=out[:, at : at + width])
+            at += width
+        return True
+
+    def clear(self, left: int, right: int) -> None:
+        """Make a range of the memory zero again."""
+        for begin, end in spans(left, right, self.block):
+            for tile, size in enumerate(self.sizes[:, begin // self.block]):
+                self.slot(tile, begin, end)[:size] = 0
 
 
 def spans(first: int, last: int, size: int) -> list[tuple[int, int]]:

@@ -9,12 +9,16 @@ import numpy as np
 
 from ..plan import COLUMN_CHUNK, MARGIN, ROW_TILE
 from . import columns as kept
-from .call import ELEMENTWISE_ROWS, Call, StoredLogits, spans
+from .call import ELEMENTWISE_ROWS, Call, Stored, StoredColumns, spans
 from .memory import Array, Scratch, Workers
 
-NEAR_ZERO = 40.0
-"""Bounds of lse below which the sum of the exponentials themselves is far from both ends of a
-float32: what underflows is less than exp(-47) of the sum."""
+NEAR_ZERO = (-8.0, 40.0)
+"""Bounds of lse between which exponentials need no reference: they are far from both ends of a
+float32, and a probability above exp(-79) is a normal number."""
+
+FAR = 30.0
+"""How far below lse the reference of a row may be for a backward to take the exponentials
+relative to it: the rest, exp(reference - lse), is a factor that must not underflow."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,13 @@ class Forward:
         Kept-column bits of each row tile.
     entropy : ndarray of float64 or None
     argmax : ndarray of int64 or None
-    stored : StoredLogits or None
-        Some of the logits, which the backward consumes.
+    reference : ndarray of the dtype of the sums, shape (rows,)
+        What the backward takes its exponentials relative to.
+    apart : ndarray of bool, shape (rows,)
+        Rows whose reference is their lse, which was not known when exponentials were stored.
+    stored : Stored or None
+    stored_columns : StoredColumns or None
+        Some of the exponentials, which the backward consumes.
     """
 
     lse: Array
@@ -41,7 +50,10 @@ class Forward:
     bits: Array | None
     entropy: Array | None
     argmax: Array | None
-    stored: StoredLogits | None = None
+    reference: Array
+    apart: Array
+    stored: Stored | None = None
+    stored_columns: StoredColumns | None = None
 
 
 class _RowState:
@@ -55,6 +67,11 @@ class _RowState:
         """Sum of exp(z - reference) over the columns seen, the target's left out."""
         self.bound = bound.astype(np.float64)
         """A lower bound of the final lse."""
+        near = (bound > NEAR_ZERO[0]) & (bound < NEAR_ZERO[1])
+        self.base = np.where(near, 0.0, self.bound)
+        """Exponent that those sums are relative to that no filter looks at."""
+        self.apart = np.zeros(rows, np.bool_)
+        """Rows whose sums overflowed relative to that."""
         self.target_logit = np.full(rows, -np.inf)
         self.smoothed_logit = np.zeros(rows)
         self.total = np.zeros(rows if statistics else 0)
@@ -69,6 +86,7 @@ class _RowState:
         finite = np.where(reference == -np.inf, 0.0, reference)
         mine, theirs = np.exp(self.reference - finite), np.exp(other.reference - finite)
         self.rest = self.rest * mine + other.rest * theirs
+        self.apart |= other.apart
         self.target_logit = np.maximum(self.target_logit, other.target_logit)
         self.smoothed_logit = self.smoothed_logit + other.smoothed_logit
         if len(self.total):
@@ -105,7 +123,7 @@ def forward(
     statistics : bool
         Also form entropy and argmax.
     store : bool
-        Leave logits in the memory of dC for one backward, as far as the plan allows.
+        Leave exponentials in the memory of dC for one backward, as far as the plan allows.
 
     Returns
     -------
@@ -119,14 +137,16 @@ def forward(
         statistics,
         Scratch(call.dtype),
         _new_store(call) if store else None,
+        _new_column_store(call) if store and filtered else None,
     )
     groups = spans(0, rows, plan.row_block)
     segments = spans(0, vocab, _segment_columns(vocab, plan.segments, plan.column_block))
     items = [(group, segment) for group in groups for segment in segments]
     states: list[_RowState] = []
     with np.errstate(all="ignore"), Workers(rows * vocab, plan.concurrency) as workers:
-        bounds = list(workers.map(run.first_bounds, groups))
-        starts = [bound for bound in bounds for _ in segments]
+        parts = [part for group in groups for part in spans(*group, ELEMENTWISE_ROWS)]
+        bounds = np.concatenate([*workers.map(run.first_bounds, parts), np.zeros(0, call.dtype)])
+        starts = [bounds[slice(*group)] for group, _ in items]
         for done, state in enumerate(workers.map(run.visit, zip(items, starts, strict=True))):
             if items[done][1] == segments[0]:
                 states.append(state)
@@ -134,7 +154,7 @@ def forward(
                 states[-1].merge(state)
             call.report("forward", done + 1, len(items))
         if not segments:
-            states = [_RowState(bound, statistics) for bound in bounds]
+            states = [_RowState(bounds[slice(*group)], statistics) for group in groups]
         return run.finish(states)
 
 
@@ -143,9 +163,17 @@ def _segment_columns(vocab: int, segments: int, column_block: int) -> int:
     return max(-(-vocab // (segments * column_block)), 1) * column_block
 
 
-def _new_store(call: Call) -> StoredLogits | None:
+def _new_store(call: Call) -> Stored | None:
     rows = min(call.plan.stored_rows, len(call.rows))
-    return StoredLogits(np.empty(call.arrays.c.shape, call.dtype), rows) if rows else None
+    return Stored(np.empty(call.arrays.c.shape, call.dtype), rows) if rows else None
+
+
+def _new_column_store(call: Call) -> StoredColumns | None:
+    plan, tiles = call.plan, -(-len(call.rows) // ROW_TILE)
+    if not (plan.stores_columns and tiles):
+        return None
+    sizes = np.zeros((tiles, -(-call.problem.vocab // plan.column_block)), np.int64)
+    return StoredColumns(np.zeros(call.arrays.c.shape, call.dtype), plan.column_block, sizes)
 
 
 class _ForwardRun(NamedTuple):
@@ -155,9 +183,10 @@ class _ForwardRun(NamedTuple):
     bits: Array | None
     statistics: bool
     scratch: Scratch
-    stored: StoredLogits | None
+    stored: Stored | None
+    stored_columns: StoredColumns | None
 
-    def first_bounds(self, group: tuple[int, int]) -> Array:
+    def first_bounds(self, part: tuple[int, int]) -> Array:
         """Bound each row's lse from below by the logits of its group's targets.
 
         A sum over some of the columns is less than that over all; and what neighbours are about
@@ -166,9 +195,10 @@ class _ForwardRun(NamedTuple):
         with each row's own three times as many.
         """
         call = self.call
-        targets = np.unique(call.rows.target[slice(*group)])
-        sums = np.full(group[1] - group[0], -np.inf, call.dtype)
-        embeddings = call.embeddings(*group)
+        group = part[0] // call.plan.row_block * call.plan.row_block
+        targets = np.unique(call.rows.target[group : group + call.plan.row_block])
+        sums = np.full(part[1] - part[0], -np.inf, call.dtype)
+        embeddings = call.embeddings(*part)
         for start, stop in spans(0, len(targets), call.plan.column_block):
             some = targets[start:stop]
             z = self.scratch.get("logits", len(sums), len(some))
@@ -231,14 +261,34 @@ class _ForwardRun(NamedTuple):
         lse = np.logaddexp(others, target_logit)
         if self.bits is not None:
             # A row that is not finite makes every column of the gradients so.
-            self.bits[np.unique(np.flatnonzero(~np.isfinite(lse)) // ROW_TILE)] = 0xFF
+            lost = np.unique(np.flatnonzero(~np.isfinite(lse)) // ROW_TILE)
+            self.bits[lost] = 0xFF
+            if self.stored_columns is not None:
+                # What lies there will be overwritten: now all columns are kept.
+                self.stored_columns.sizes[lost] = 0
         entropy = argmax = None
         if self.statistics:
             total, weighted = joined("total"), joined("weighted")
             entropy = np.maximum(np.log(total) - weighted / total, 0.0)
             argmax = joined("argmax").astype(np.int64)
+        base, dtype = joined("base"), self.call.dtype
+        apart = joined("apart").astype(np.bool_) | ~(np.abs(lse - base) < FAR)
+        if self.bits is not None:
+            apart[:] = True
+        reference = np.where(apart, lse, base).astype(dtype)
         smoothed = joined("smoothed_logit")
-        return Forward(lse, nll, smoothed, self.bits, entropy, argmax, self.stored)
+        return Forward(
+            lse,
+            nll,
+            smoothed,
+            self.bits,
+            entropy,
+            argmax,
+            reference,
+            apart,
+            self.stored,
+            self.stored_columns,
+        )
 
 
 class _ForwardTile(NamedTuple):
@@ -252,7 +302,7 @@ class _ForwardTile(NamedTuple):
     ones: Array
     """One for each column: a product with it is the fastest sum over a row."""
     store: Array | None
-    """Where to leave the logits for the backward."""
+    """Where to leave for the backward what `Stored` describes."""
     group: int
     top: int
     left: int
@@ -284,8 +334,7 @@ class _ForwardTile(NamedTuple):
             place = z.argmax(axis=1)
             state.take_best(z[np.arange(len(z)), place], place + self.left, rows)
 
-        if self.store is not None:
-            # Not as the product's own output: that took longer, BLAS visits its output repeatedly.
+        if self.store is not None and call.problem.softcap is not None:
             np.copyto(self.store, z)
 
         # The bound is close enough to the largest logit for all but contrived input, and finding
@@ -296,8 +345,9 @@ class _ForwardTile(NamedTuple):
             # Where everything so far is -inf any finite reference will do.
             reference[reference == -np.inf] = 0.0
         elif run.bits is None:
-            # Nothing to subtract; and nothing underflows that counts.
-            reference[np.abs(reference) < NEAR_ZERO] = 0.0
+            # Mostly nothing to subtract; and the same in all blocks, for the backward.
+            apart = state.apart[rows]
+            reference = np.where(apart, reference, state.base[rows].astype(z.dtype))
         reference[infinite] = np.nan
         others = self._others(reference, hit, at)
         if not np.isfinite(others).all():
@@ -311,20 +361,27 @@ class _ForwardTile(NamedTuple):
                 number = (self.group + self.top + top) // ROW_TILE
                 keep = self._keep(number, z[top:bottom], targets)
                 kept.put_bits(run.bits, number, self.left, keep)
+                if run.stored_columns is not None:
+                    tile = slice(top, bottom)
+                    run.stored_columns.put(number, self.left, z[tile], reference[tile], keep)
         seen = state.reference[rows] + np.log(state.rest[rows])
         state.bound[rows] = np.maximum(state.bound[rows], seen)
 
     def _others(self, reference: Array, hit: Array, at: Array) -> Array:
-        """Replace logits by exp(z - reference), the target's by 0; return each row's sum."""
+        """Form exp(z - reference), the target's 0, in place or in the store; sum up each row."""
         z = self.logits
         if reference.any():  # a NaN too
             z -= reference[:, None]
+        out = z
         if self.run.statistics:
             self._entropy(z, reference)
         else:
-            np.exp(z, out=z)
-        z[hit, at] = 0.0
-        return np.asarray(z @ self.ones)
+            # The product's own output is not in the store: BLAS visits its output repeatedly.
+            if self.store is not None and self.run.call.problem.softcap is None:
+                out = self.store
+            np.exp(z, out=out)
+        out[hit, at] = 0.0
+        return np.asarray(out @ self.ones)
 
     def _repeat(self, rows: Array, reference: Array, others: Array) -> None:
         """Sum rows whose sums overflowed again, relative to their largest logit.
@@ -347,6 +404,7 @@ class _ForwardTile(NamedTuple):
         z[hit, target[hit]] = 0.0
         others[rows] = z @ self.ones
         self.logits[rows] = z
+        self.state.apart[self.top + rows] = True
 
     def _keep(self, number: int, z: Array, targets: Array) -> Array:
         """Test a row tile's columns against bounds of lse: a superset of what the backward keeps.

@@ -122,8 +122,8 @@ class HostCall:
                 None if dlse is None else dlse.reshape(-1)[at].astype(np.float64),
             )
         saved = self.saved
-        # Stored logits are gone afterwards: what they lie in becomes dC.
-        self._forward = dataclasses.replace(saved, stored=None)
+        # What was stored is gone afterwards: the memory becomes dC.
+        self._forward = dataclasses.replace(saved, stored=None, stored_columns=None)
         return backward(self.call, saved, factors)
 
     def _at_targets(self, values: Array, dtype: np.dtype[Any], ignored: int = 0) -> Array:

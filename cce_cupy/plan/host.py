@@ -34,15 +34,18 @@ class Plan:
         Rows of one dense product and over which dz is held before it enters dC, a multiple of
         `ROW_TILE`.
     stored_rows : int
-        The first rows whose logits the forward may leave in the memory of dC, where a backward
-        that follows it at once finds them. Dense products end there, stored or not, so that the
-        sums are the same.
+        The first rows whose exponentials the forward may leave in the memory of dC, where a
+        backward that follows it at once finds them. Dense products end there, stored or not, so
+        that the sums are the same.
+    stores_columns : bool
+        Whether the forward may leave those of the kept columns there.
     column_block : int
         Columns of one dense product, a multiple of `COLUMN_CHUNK`.
     segments : int
         Parts of the vocabulary that the forward visits independently of each other.
     column_range : int
-        Columns over which dC is completed at a time where kept columns are gathered.
+        Columns over which dC is completed at a time where kept columns are gathered: whole column
+        blocks.
     gather_block : int
         Kept columns of a row tile that are gathered at a time.
     concurrency : int
@@ -63,6 +66,7 @@ class Plan:
     tier: str
     row_block: int
     stored_rows: int
+    stores_columns: bool
     column_block: int
     segments: int
     column_range: int
@@ -105,7 +109,8 @@ def make_plan(problem: Problem) -> Plan:
     column_block = min(_fit(2**21 // dim, 3 * COLUMN_CHUNK, 1536), columns)
     gather_block = column_block
     # dC of a range is summed in a buffer of at most column_range x D.
-    column_range = min(_fit(min(2**22 // dim, vocab // 16), 1024, 4096), columns)
+    column_range = _fit(min(2**22 // dim, vocab // 16), 1024, 4096)
+    column_range = min(whole(column_range, column_block), columns)
     # Few rows leave cores idle unless the vocabulary is cut too.
     groups = -(-max(tokens, 1) // row_block)
     segments = max(1, min(-(-16 // groups), vocab // 4096))
@@ -141,6 +146,8 @@ def make_plan(problem: Problem) -> Plan:
         tier="cpu",
         row_block=row_block,
         stored_rows=stored_rows,
+        # A softcap's slope needs the logits.
+        stores_columns=not rounds and chosen.e and chosen.c and problem.softcap is None,
         column_block=column_block,
         segments=segments,
         column_range=column_range,
