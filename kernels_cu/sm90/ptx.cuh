@@ -195,6 +195,10 @@ __device__ __forceinline__ void product_64x192x16(float (&d)[96], uint64 a, uint
 
 #undef CCE_OPERAND
 
+__device__ __forceinline__ uint32 largest_of_three(uint32 a, uint32 b, uint32 c) {
+  return __vimax3_u32(a, b, c);
+}
+
 // Functions of the special units; their errors are below 2^-22.
 
 __device__ __forceinline__ float power_of_two(float x) {

@@ -13,7 +13,7 @@ constexpr int kConsumers = 2;  // warp groups that multiply and sum
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLowest = -1e30f;   // reference of a row whose target has no finite logit
 constexpr float kHighest = 1e30f;   // that of a row that is not there; sums beyond it are too large
-constexpr float kMasked = -3e38f;   // a logit that counts for nothing
+constexpr float kMasked = -2e38f;   // a logit that counts for nothing; finite in powers of two too
 constexpr int kChunks = kTileN / kColumnChunk;
 constexpr int kSpansInChunk = kColumnChunk / 8;
 
@@ -307,108 +307,120 @@ __device__ __forceinline__ uint32 spread(uint32 byte) {
   return (halves | halves << 6) & 0x03030303u;
 }
 
-// Mark the columns of the given chunks that hold a logit of at least a part of its row's sum.
-__device__ __forceinline__ void mark_columns(Block z, uint32 chunks, const float (&reference)[2],
-                                             const float (&level)[2], float chunk_threshold,
-                                             uint32* words, int lane) {
-  const float base[2] = {reference[0] + logarithm_to_two(level[0]),
-                         reference[1] + logarithm_to_two(level[1])};
+// Mark the columns of the given chunks that hold an exponential of at least a part of its row's sum.
+__device__ __forceinline__ void mark_columns(Block exponents, uint32 chunks, const float (&level)[2],
+                                             float chunk_threshold, uint32* words, int lane) {
+  const float base[2] = {logarithm_to_two(level[0]), logarithm_to_two(level[1])};
   const float own = logarithm_to_two(chunk_threshold);
-  // A byte for each chunk, of this thread's eight columns.
-  uint32 kept[(kChunks + 3) / 4] = {};
+  // A byte for each chunk, of this thread's eight columns: whether both rows' are too small. By signs,
+  // which unlike comparisons need none of the few predicates.
+  uint32 dropped[2] = {~0u, ~0u};
 #pragma unroll
   for (int w = 0; w < kChunks; ++w) {
     const float least = __shfl_sync(~0u, own, w);
     if (!(chunks >> w & 1)) continue;
-    const float lowest[2] = {(base[0] + least) * (1.0f / kLog2E),
-                             (base[1] + least) * (1.0f / kLog2E)};
+    const float lowest[2] = {base[0] + least, base[1] + least};
+    uint32 signs = 0;
 #pragma unroll
-    for (int j = 0; j < kSpansInChunk; ++j)
-#pragma unroll
-      for (int side = 0; side < 2; ++side)
-        if (z[SumPlace::index(kSpansInChunk * w + j, 0, side)] >= lowest[0] ||
-            z[SumPlace::index(kSpansInChunk * w + j, 1, side)] >= lowest[1])
-          kept[w / 4] |= 1u << (8 * (w % 4) + 2 * j + side);
+    for (int k = 2 * kSpansInChunk - 1; k >= 0; --k) {
+      const int j = kSpansInChunk * w + k / 2, side = k % 2;
+      const float over = fmaxf(exponents[SumPlace::index(j, 0, side)] - lowest[0],
+                               exponents[SumPlace::index(j, 1, side)] - lowest[1]);
+      signs = __funnelshift_l(__float_as_uint(over), signs, 1);
+    }
+    dropped[w / 4] = __byte_perm(dropped[w / 4], signs, 0x3210 ^ (4 ^ w % 4) << 4 * (w % 4));
   }
   // Over the lanes that hold the same columns of other rows; then a lane for each chunk and each four
   // of its columns' pairs.
 #pragma unroll
-  for (int i = 0; i < (kChunks + 3) / 4; ++i)
+  for (int step = 4; step < 32; step *= 2)
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) kept[i] |= __shfl_xor_sync(~0u, kept[i], step);
+    for (int i = 0; i < 2; ++i) dropped[i] &= __shfl_xor_sync(~0u, dropped[i], step);
   static_assert(kSpansInChunk == 4 && kChunks <= 8, "a byte for each chunk, a lane for four");
   const int w = lane / 4;
-  const uint32 byte = (w < 4 ? kept[0] : kept[1]) >> 8 * (w % 4) & 0xFF;
+  const uint32 byte = ~(w < 4 ? dropped[0] : dropped[1]) >> 8 * (w % 4) & 0xFF;
   if (w < kChunks && byte != 0) atomicOr(words + w, spread(byte) << 2 * (lane % 4));
 }
 
 // Add a block's exponentials to the rows' sums, and mark the columns to keep. Levels are lower bounds
-// of the rows' whole sums.
+// of the rows' whole sums. Leaves the exponents, in powers of two, relative to the rows' references.
 __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_threshold,
                                           bool plain, uint32* words, int lane) {
-  float total[2] = {sums.rest[0], sums.rest[1]}, least_logit = 0;
-  uint32 candidates = 0;
+  const float lowest = -static_cast<float>(infinity());
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) z[i] = fmaf(z[i], kLog2E, -sums.reference[i / 2 % 2]);
+  float total[2] = {sums.rest[0], sums.rest[1]};
+  // As an unsigned integer -inf is larger than all that is finite.
+  uint32 infinite = 0, candidates = 0;
 #pragma unroll
   for (int w = 0; w < kChunks; ++w) {
     float chunk[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = 0;
+      float pair[kSpansInChunk];
 #pragma unroll
-      for (int j = kSpansInChunk * w; j < kSpansInChunk * (w + 1); ++j) {
+      for (int k = 0; k < kSpansInChunk; ++k) {
+        const int j = kSpansInChunk * w + k;
         const float a = z[SumPlace::index(j, half, 0)], b = z[SumPlace::index(j, half, 1)];
-        // Pairs first: a shorter chain of sums that wait for each other.
-        sum += power_of_two(fmaf(a, kLog2E, -sums.reference[half])) +
-               power_of_two(fmaf(b, kLog2E, -sums.reference[half]));
-        least_logit = fminf(least_logit, fminf(a, b));
+        pair[k] = power_of_two(a) + power_of_two(b);
+        infinite = largest_of_three(infinite, __float_as_uint(a), __float_as_uint(b));
       }
-      chunk[half] = sum;
-      total[half] += sum;
+      // A short chain of sums that wait for each other.
+      chunk[half] = (pair[0] + pair[1]) + (pair[2] + pair[3]);
+      total[half] += chunk[half];
     }
     // A chunk's sum is no less than its largest: one that fails has none that passes.
     const float least = __shfl_sync(~0u, chunk_threshold, w);
     if (chunk[0] >= least * sums.level[0] || chunk[1] >= least * sums.level[1])
       candidates |= 1u << w;
   }
-  if (plain && least_logit == -static_cast<float>(infinity())) {
+  static_assert(kSpansInChunk == 4, "pairs of a chunk");
+  if (plain && infinite >= __float_as_uint(lowest)) {
     // From an infinite input, whose row must come out as NaN.
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       one_by_one(z[i]);
-      if (z[i] == -static_cast<float>(infinity()))
-        total[i / 2 % 2] = static_cast<float>(not_a_number());
+      if (z[i] == lowest) total[i / 2 % 2] = static_cast<float>(not_a_number());
     }
   }
   constexpr uint32 kTooLarge = 1u << 31;
   const bool fits = total[0] < kHighest && total[1] < kHighest;
   candidates = __reduce_or_sync(~0u, fits ? candidates : kTooLarge);
   if (__builtin_expect(candidates >= kTooLarge, 0)) {
-    // Again, relative to the largest so far.
+    // Again, relative to the largest so far: the rows whose sum is too large.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float most = kLowest;
+      float most = 0;
 #pragma unroll
       for (int j = 0; j < kSpans; ++j)
         most = fmaxf(most, fmaxf(z[SumPlace::index(j, half, 0)], z[SumPlace::index(j, half, 1)]));
-      const float old = sums.reference[half];
-      const float reference = fmaxf(old, quad_largest(most) * kLog2E);
-      float sum = sums.rest[half] * power_of_two(old - reference);
-      if (total[half] != total[half]) sum = total[half];
+      // All four threads of a row, or none of them; the warp's other rows keep every bit.
+      most = quad_largest(most);
+      const bool moves =
+          quad_largest(total[half] == total[half] ? total[half] : kHighest) >= kHighest;
+      if (moves) {
+        float sum = sums.rest[half] * power_of_two(-most);
+        if (total[half] != total[half]) sum = total[half];
 #pragma unroll
-      for (int j = 0; j < kSpans; ++j)
+        for (int j = 0; j < kSpans; ++j)
 #pragma unroll
-        for (int side = 0; side < 2; ++side)
-          sum += power_of_two(fmaf(z[SumPlace::index(j, half, side)], kLog2E, -reference));
-      total[half] = sum;
-      sums.reference[half] = reference;
-      sums.level[half] = quad_sum(sum);
+          for (int side = 0; side < 2; ++side) {
+            one_by_one(z[SumPlace::index(j, half, side)]);
+            z[SumPlace::index(j, half, side)] -= most;
+            sum += power_of_two(z[SumPlace::index(j, half, side)]);
+          }
+        total[half] = sum;
+        sums.reference[half] += most;
+      }
+      const float whole = quad_sum(total[half]);
+      sums.level[half] = moves ? whole : fmaxf(sums.level[half], whole);
     }
     candidates = ~0u;
   }
   sums.rest[0] = total[0];
   sums.rest[1] = total[1];
   if (words != nullptr && candidates != 0)
-    mark_columns(z, candidates, sums.reference, sums.level, chunk_threshold, words, lane);
+    mark_columns(z, candidates, sums.level, chunk_threshold, words, lane);
 }
 
 // Add up what entropy needs, relative to the reference that the rows have now; `shared` still holds
@@ -425,7 +437,7 @@ __device__ __forceinline__ void add_weighted(Block z, const RowSums& sums, Share
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         one_by_one(z[SumPlace::index(j, half, side)]);
-        const float centred = fmaf(z[SumPlace::index(j, half, side)], kLog2E, -reference);
+        const float centred = z[SumPlace::index(j, half, side)];
         const float s = power_of_two(centred);
         // 0 times -inf is not a number.
         if (s != 0.0f) weighted = fmaf(s, centred, weighted);
