@@ -13,9 +13,10 @@ constexpr int kSumRegisters = 232;
 constexpr int kTurn = 1;  // the first of the named barriers by which the consumers take turns
 constexpr int kCopiers = 3;  // and that of the copying warp group
 
-// Bounds that others raise are looked up at every tile whose products take longer than that, and at
-// every fourth of a warp group's otherwise.
+// Bounds are shared at every tile whose products take longer than that; otherwise at the first of a
+// warp group's and at every fourth.
 constexpr int kLongTile = 24;
+constexpr int kShareFirst = 3;
 constexpr int kShareEvery = 4;
 
 // The order of work: units of one row block and some column tiles. Row blocks of a group go first,
@@ -171,6 +172,11 @@ __device__ __forceinline__ void give_turn(int consumer) {
   }
 }
 
+__device__ __forceinline__ void raise_bound(int* bound, float reference, float sum) {
+  // Of a sum that is not a number, or of none, nothing follows.
+  if (sum > 0) atomicMax(bound, ordered(reference + logarithm_to_two(sum)));
+}
+
 template <int kCluster, bool kPlain, bool kStatistics>
 __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments& call, int count,
                                           const Order& order) {
@@ -206,8 +212,9 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
         place.skip(steps);
         continue;
       }
+      const int turn = (tile - unit.first) / kConsumers;
       if (!kStatistics && call.bits != nullptr &&
-          (steps >= kLongTile || (tile - unit.first) / kConsumers % kShareEvery == 0)) {
+          (steps >= kLongTile || turn < kShareFirst || turn % kShareEvery == 0)) {
         // Those of all blocks that work on these rows, as far as they have come. All loads first.
         const int row = first_row(shared.row_tile[this_thread()]);
         float known[kBlocksM][2];
@@ -227,8 +234,10 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
             const float told = fminf(
                 power_of_two(known[m][half] - shared.reference.at(m, half)), -kMasked);
             // A row that is not there keeps nothing.
-            shared.level.at(m, half) =
-                row + 64 * m + 8 * half < count ? fmaxf(seen, told) : kHighest;
+            const bool there = row + 64 * m + 8 * half < count;
+            shared.level.at(m, half) = there ? fmaxf(seen, told) : kHighest;
+            if (there && this_thread() % 4 == 0 && seen > 1.002f * told)
+              raise_bound(call.bound + row + 64 * m + 8 * half, shared.reference.at(m, half), seen);
           }
       }
       take_turn(this_thread() / kGroupThreads);
@@ -257,6 +266,7 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
         const int row = first_row(shared.row_tile[this_thread()]) + 64 * m + 8 * half;
         const float rest = quad_sum(shared.rest.at(m, half));
         if (this_thread() % 4 != 0 || row >= count) continue;
+        if (call.bits != nullptr) raise_bound(call.bound + row, shared.reference.at(m, half), rest);
         const int64 slot = shared.part[this_thread()] * call.capacity;
         call.out.reference[slot + row] = shared.reference.at(m, half);
         call.out.rest[slot + row] = rest;

@@ -135,6 +135,8 @@ struct RowSums {
     for (int half = 0; half < 2; ++half) {
       shared.reference.at(m, half) = reference[half];
       shared.rest.at(m, half) = rest[half];
+      // Where the reference has moved so has what is relative to it.
+      shared.level.at(m, half) = level[half];
     }
   }
 };
@@ -307,19 +309,23 @@ __device__ __forceinline__ uint32 spread(uint32 byte) {
   return (halves | halves << 6) & 0x03030303u;
 }
 
-// Mark the columns of the given chunks that hold an exponential of at least a part of its row's sum.
-__device__ __forceinline__ void mark_columns(Block exponents, uint32 chunks, const float (&level)[2],
-                                             float chunk_threshold, uint32* words, int lane) {
+// A byte for each chunk, of this thread's eight columns: whether all rows' logits are too small.
+struct Dropped {
+  uint32 byte[2] = {~0u, ~0u};
+};
+static_assert(kSpansInChunk == 4 && kChunks <= 8, "a byte for each chunk");
+
+// Find the columns of the given chunks that hold an exponential of at least a part of its row's sum.
+__device__ __forceinline__ void find_columns(Block exponents, uint32 chunks, const float (&level)[2],
+                                             float chunk_threshold, Dropped& dropped, int lane) {
   const float base[2] = {logarithm_to_two(level[0]), logarithm_to_two(level[1])};
   const float own = logarithm_to_two(chunk_threshold);
-  // A byte for each chunk, of this thread's eight columns: whether both rows' are too small. By signs,
-  // which unlike comparisons need none of the few predicates.
-  uint32 dropped[2] = {~0u, ~0u};
 #pragma unroll
   for (int w = 0; w < kChunks; ++w) {
     const float least = __shfl_sync(~0u, own, w);
     if (!(chunks >> w & 1)) continue;
     const float lowest[2] = {base[0] + least, base[1] + least};
+    // By signs, which unlike comparisons need none of the few predicates.
     uint32 signs = 0;
 #pragma unroll
     for (int k = 2 * kSpansInChunk - 1; k >= 0; --k) {
@@ -328,24 +334,27 @@ __device__ __forceinline__ void mark_columns(Block exponents, uint32 chunks, con
                                exponents[SumPlace::index(j, 1, side)] - lowest[1]);
       signs = __funnelshift_l(__float_as_uint(over), signs, 1);
     }
-    dropped[w / 4] = __byte_perm(dropped[w / 4], signs, 0x3210 ^ (4 ^ w % 4) << 4 * (w % 4));
+    const uint32 place = 8 * (w % 4);
+    dropped.byte[w / 4] &= signs << place | ~(0xFFu << place);
   }
-  // Over the lanes that hold the same columns of other rows; then a lane for each chunk and each four
-  // of its columns' pairs.
+}
+
+// Mark columns that are not dropped: over the lanes that hold the same columns of other rows, then by
+// a lane for each chunk and each four of its columns' pairs.
+__device__ __forceinline__ void mark_columns(Dropped& dropped, uint32* words, int lane) {
 #pragma unroll
   for (int step = 4; step < 32; step *= 2)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) dropped[i] &= __shfl_xor_sync(~0u, dropped[i], step);
-  static_assert(kSpansInChunk == 4 && kChunks <= 8, "a byte for each chunk, a lane for four");
+    for (int i = 0; i < 2; ++i) dropped.byte[i] &= __shfl_xor_sync(~0u, dropped.byte[i], step);
   const int w = lane / 4;
-  const uint32 byte = ~(w < 4 ? dropped[0] : dropped[1]) >> 8 * (w % 4) & 0xFF;
+  const uint32 byte = ~(w < 4 ? dropped.byte[0] : dropped.byte[1]) >> 8 * (w % 4) & 0xFF;
   if (w < kChunks && byte != 0) atomicOr(words + w, spread(byte) << 2 * (lane % 4));
 }
 
-// Add a block's exponentials to the rows' sums, and mark the columns to keep. Levels are lower bounds
+// Add a block's exponentials to the rows' sums, and find the columns to keep. Levels are lower bounds
 // of the rows' whole sums. Leaves the exponents, in powers of two, relative to the rows' references.
 __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_threshold,
-                                          bool plain, uint32* words, int lane) {
+                                          bool plain, bool finds, Dropped& dropped, int lane) {
   const float lowest = -static_cast<float>(infinity());
 #pragma unroll
   for (int i = 0; i < kSums; ++i) z[i] = fmaf(z[i], kLog2E, -sums.reference[i / 2 % 2]);
@@ -419,8 +428,8 @@ __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_th
   }
   sums.rest[0] = total[0];
   sums.rest[1] = total[1];
-  if (words != nullptr && candidates != 0)
-    mark_columns(z, candidates, sums.level, chunk_threshold, words, lane);
+  if (finds && candidates != 0)
+    find_columns(z, candidates, sums.level, chunk_threshold, dropped, lane);
 }
 
 // Add up what entropy needs, relative to the reference that the rows have now; `shared` still holds
@@ -471,6 +480,7 @@ __device__ __forceinline__ void finish_tile(float (&z)[kBlocksM][kSums], Shared&
     if (call.filter.unbiased)
       chunk_threshold *= uniform(shared.seed, row_tile, left / kColumnChunk + lane % kChunks);
   }
+  Dropped dropped;
 #pragma unroll
   for (int m = 0; m < kBlocksM; ++m) {
     const int row = first_row(row_tile) + 64 * m;
@@ -487,21 +497,11 @@ __device__ __forceinline__ void finish_tile(float (&z)[kBlocksM][kSums], Shared&
     if (!kPlain) take_all<kStatistics>(z[m], call, row, count, left, columns, slot, first, lane);
     take_targets(z[m], shared, m, call, row, left, words, lane);
     RowSums sums(shared, m);
-    add_block(z[m], sums, chunk_threshold, plain, words, lane);
+    add_block(z[m], sums, chunk_threshold, plain, words != nullptr, dropped, lane);
     if (kStatistics) add_weighted(z[m], sums, shared, m, call, row, count, slot, first, lane);
     sums.keep(shared, m);
-    if (words != nullptr) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float seen = quad_sum(sums.rest[half]);
-        // Also because the reference that it is relative to may have moved.
-        shared.level.at(m, half) = fmaxf(sums.level[half], seen);
-        if (lane % 4 == 0 && row + 8 * half < count && seen > 1.002f * sums.level[half])
-          atomicMax(call.bound + row + 8 * half,
-                    ordered(sums.reference[half] + logarithm_to_two(seen)));
-      }
-    }
   }
+  if (words != nullptr) mark_columns(dropped, words, lane);
 }
 
 }  // namespace cce
