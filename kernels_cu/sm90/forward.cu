@@ -212,10 +212,28 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
         place.skip(steps);
         continue;
       }
+      take_turn(this_thread() / kGroupThreads);
+      int done = 0;
+      for (int step = 0; step < steps; ++step) {
+        wait_for(shared.ring.full[place.stage], place.parity);
+        // What words came as is written in the ordinary way, and read by the matrix unit.
+        if (!follow) fence_async_proxy();
+        product_fence();
+        start_products(z, shared.stage[place.stage], step == 0);
+        if (step > 0) {
+          product_wait<1>();
+          release<kCluster>(shared.ring.empty[done]);
+        }
+        done = place.stage;
+        place.next();
+      }
+      // The other's products may queue behind these.
+      give_turn(1 - this_thread() / kGroupThreads);
       const int turn = (tile - unit.first) / kConsumers;
       if (!kStatistics && call.bits != nullptr &&
           (steps >= kLongTile || turn < kShareFirst || turn % kShareEvery == 0)) {
-        // Those of all blocks that work on these rows, as far as they have come. All loads first.
+        // Those of all blocks that work on these rows, as far as they have come, while the last
+        // products are under way. All loads first.
         const int row = first_row(shared.row_tile[this_thread()]);
         float known[kBlocksM][2];
 #pragma unroll
@@ -240,23 +258,6 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
               raise_bound(call.bound + row + 64 * m + 8 * half, shared.reference.at(m, half), seen);
           }
       }
-      take_turn(this_thread() / kGroupThreads);
-      int done = 0;
-      for (int step = 0; step < steps; ++step) {
-        wait_for(shared.ring.full[place.stage], place.parity);
-        // What words came as is written in the ordinary way, and read by the matrix unit.
-        if (!follow) fence_async_proxy();
-        product_fence();
-        start_products(z, shared.stage[place.stage], step == 0);
-        if (step > 0) {
-          product_wait<1>();
-          release<kCluster>(shared.ring.empty[done]);
-        }
-        done = place.stage;
-        place.next();
-      }
-      // The other's products may queue behind these.
-      give_turn(1 - this_thread() / kGroupThreads);
       product_wait<0>();
       release<kCluster>(shared.ring.empty[done]);
       finish_tile<kPlain, kStatistics>(z, shared, call, count, tile * kTileN);

@@ -359,8 +359,9 @@ __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_th
 #pragma unroll
   for (int i = 0; i < kSums; ++i) z[i] = fmaf(z[i], kLog2E, -sums.reference[i / 2 % 2]);
   float total[2] = {sums.rest[0], sums.rest[1]};
-  // As an unsigned integer -inf is larger than all that is finite.
-  uint32 infinite = 0, candidates = 0;
+  // As an unsigned integer -inf is larger than all that is finite. Several, that do not wait for each
+  // other.
+  uint32 infinite[kSpansInChunk] = {}, candidates = 0;
 #pragma unroll
   for (int w = 0; w < kChunks; ++w) {
     float chunk[2];
@@ -372,7 +373,7 @@ __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_th
         const int j = kSpansInChunk * w + k;
         const float a = z[SumPlace::index(j, half, 0)], b = z[SumPlace::index(j, half, 1)];
         pair[k] = power_of_two(a) + power_of_two(b);
-        infinite = largest_of_three(infinite, __float_as_uint(a), __float_as_uint(b));
+        infinite[k] = largest_of_three(infinite[k], __float_as_uint(a), __float_as_uint(b));
       }
       // A short chain of sums that wait for each other.
       chunk[half] = (pair[0] + pair[1]) + (pair[2] + pair[3]);
@@ -384,7 +385,8 @@ __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_th
       candidates |= 1u << w;
   }
   static_assert(kSpansInChunk == 4, "pairs of a chunk");
-  if (plain && infinite >= __float_as_uint(lowest)) {
+  infinite[0] = largest_of_three(infinite[0], infinite[1], infinite[2]);
+  if (plain && (infinite[0] >= __float_as_uint(lowest) || infinite[3] >= __float_as_uint(lowest))) {
     // From an infinite input, whose row must come out as NaN.
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
