@@ -13,10 +13,9 @@ constexpr int kSumRegisters = 232;
 constexpr int kTurn = 1;  // the first of the named barriers by which the consumers take turns
 constexpr int kCopiers = 3;  // and that of the copying warp group
 
-// Bounds are shared at every tile whose products take longer than that; otherwise at the first of a
-// warp group's and at every fourth.
+// Bounds are shared at every tile whose products take longer than that, and at every fourth of a warp
+// group's otherwise.
 constexpr int kLongTile = 24;
-constexpr int kShareFirst = 3;
 constexpr int kShareEvery = 4;
 
 // The order of work: units of one row block and some column tiles. Row blocks of a group go first,
@@ -177,6 +176,38 @@ __device__ __forceinline__ void raise_bound(int* bound, float reference, float s
   if (sum > 0) atomicMax(bound, ordered(reference + logarithm_to_two(sum)));
 }
 
+// Bring the bounds that columns are tested against up to date: by this warp group's own sums so far,
+// and where asked for by those of all blocks that work on these rows, as far as they have come.
+__device__ __forceinline__ void share_bounds(Shared& shared, const ForwardArguments& call, int count,
+                                             bool with_others) {
+  const int row = first_row(shared.row_tile[this_thread()]);
+  float known[kBlocksM][2] = {};
+  // All loads first.
+  if (with_others) {
+#pragma unroll
+    for (int m = 0; m < kBlocksM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        known[m][half] = from_ordered(__ldcg(call.bound + min(row + 64 * m + 8 * half, count - 1)));
+  }
+#pragma unroll
+  for (int m = 0; m < kBlocksM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = row + 64 * m + 8 * half;
+      const float seen = quad_sum(shared.rest.at(m, half)), before = shared.inverse.at(m, half);
+      float inverse = fminf(before, __fdividef(1.0f, seen));
+      if (with_others) {
+        const float told = known[m][half] - shared.reference.at(m, half);
+        inverse = fminf(inverse, fmaxf(power_of_two(-told), 1.0f / kHighest));
+        if (this_thread() % 4 == 0 && at < count && seen > 1.002f * power_of_two(told))
+          raise_bound(call.bound + at, shared.reference.at(m, half), seen);
+      }
+      // A row that is not there keeps nothing.
+      shared.inverse.at(m, half) = at < count ? inverse : 0.0f;
+    }
+}
+
 template <int kCluster, bool kPlain, bool kStatistics>
 __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments& call, int count,
                                           const Order& order) {
@@ -202,6 +233,7 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
         const float reference = row < count ? call.own[row] * kLog2E : kHighest;
         shared.reference.at(m, half) = reference < kLowest ? kLowest : reference;
         shared.rest.at(m, half) = 0;
+        shared.inverse.at(m, half) = kHighest;
         shared.target.at(m, half) =
             __int_as_float(row < count ? static_cast<int>(call.map.target[row]) : -1);
       }
@@ -229,35 +261,9 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
       }
       // The other's products may queue behind these.
       give_turn(1 - this_thread() / kGroupThreads);
-      const int turn = (tile - unit.first) / kConsumers;
-      if (!kStatistics && call.bits != nullptr &&
-          (steps >= kLongTile || turn < kShareFirst || turn % kShareEvery == 0)) {
-        // Those of all blocks that work on these rows, as far as they have come, while the last
-        // products are under way. All loads first.
-        const int row = first_row(shared.row_tile[this_thread()]);
-        float known[kBlocksM][2];
-#pragma unroll
-        for (int m = 0; m < kBlocksM; ++m)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int at = min(row + 64 * m + 8 * half, count - 1);
-            known[m][half] = from_ordered(__ldcg(call.bound + at));
-          }
-#pragma unroll
-        for (int m = 0; m < kBlocksM; ++m)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float seen = quad_sum(shared.rest.at(m, half));
-            // Finite, as half of infinity would be too much.
-            const float told = fminf(
-                power_of_two(known[m][half] - shared.reference.at(m, half)), -kMasked);
-            // A row that is not there keeps nothing.
-            const bool there = row + 64 * m + 8 * half < count;
-            shared.level.at(m, half) = there ? fmaxf(seen, told) : kHighest;
-            if (there && this_thread() % 4 == 0 && seen > 1.002f * told)
-              raise_bound(call.bound + row + 64 * m + 8 * half, shared.reference.at(m, half), seen);
-          }
-      }
+      if (!kStatistics && call.bits != nullptr)
+        share_bounds(shared, call, count,
+                     steps >= kLongTile || (tile - unit.first) / kConsumers % kShareEvery == 0);
       product_wait<0>();
       release<kCluster>(shared.ring.empty[done]);
       finish_tile<kPlain, kStatistics>(z, shared, call, count, tile * kTileN);

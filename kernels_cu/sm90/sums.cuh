@@ -32,7 +32,7 @@ struct Shared {
   RingBarriers<kStages> ring;
   RowState reference;          // exponents that the sums are relative to, in powers of two
   RowState rest;               // sums of this thread's columns
-  RowState level;              // lower bounds of the rows' whole sums
+  RowState inverse;            // of lower bounds of the rows' whole sums
   RowState target;             // columns, as integers; -1 for none
   uint64 seed;                 // of the filter
   int unit[kConsumers * kGroupThreads];      // the one at hand, as each thread knows it,
@@ -115,19 +115,19 @@ __device__ __forceinline__ float fast_tangent(float x) {
   return fabsf(x) < 0.25f ? series : quotient;
 }
 
-// A thread's two rows of a block of 64: their exponent, the sums of this thread's columns, and lower
-// bounds of their whole sums.
+// A thread's two rows of a block of 64: their exponent, the sums of this thread's columns, and the
+// inverse of lower bounds of their whole sums.
 struct RowSums {
   float reference[2];
   float rest[2];
-  float level[2];
+  float inverse[2];
 
   __device__ __forceinline__ RowSums(Shared& shared, int m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       reference[half] = shared.reference.at(m, half);
       rest[half] = shared.rest.at(m, half);
-      level[half] = shared.level.at(m, half);
+      inverse[half] = shared.inverse.at(m, half);
     }
   }
   __device__ __forceinline__ void keep(Shared& shared, int m) const {
@@ -136,7 +136,7 @@ struct RowSums {
       shared.reference.at(m, half) = reference[half];
       shared.rest.at(m, half) = rest[half];
       // Where the reference has moved so has what is relative to it.
-      shared.level.at(m, half) = level[half];
+      shared.inverse.at(m, half) = inverse[half];
     }
   }
 };
@@ -315,16 +315,17 @@ struct Dropped {
 };
 static_assert(kSpansInChunk == 4 && kChunks <= 8, "a byte for each chunk");
 
-// Find the columns of the given chunks that hold an exponential of at least a part of its row's sum.
-__device__ __forceinline__ void find_columns(Block exponents, uint32 chunks, const float (&level)[2],
-                                             float chunk_threshold, Dropped& dropped, int lane) {
-  const float base[2] = {logarithm_to_two(level[0]), logarithm_to_two(level[1])};
+// Find the columns of the given chunks, the first the highest bit, that hold an exponential of at least a part of its row's sum.
+__device__ __forceinline__ void find_columns(Block exponents, uint32 chunks,
+                                             const float (&inverse)[2], float chunk_threshold,
+                                             Dropped& dropped, int lane) {
+  const float base[2] = {logarithm_to_two(inverse[0]), logarithm_to_two(inverse[1])};
   const float own = logarithm_to_two(chunk_threshold);
 #pragma unroll
   for (int w = 0; w < kChunks; ++w) {
     const float least = __shfl_sync(~0u, own, w);
-    if (!(chunks >> w & 1)) continue;
-    const float lowest[2] = {base[0] + least, base[1] + least};
+    if (!(chunks >> (kChunks - 1 - w) & 1)) continue;
+    const float lowest[2] = {least - base[0], least - base[1]};
     // By signs, which unlike comparisons need none of the few predicates.
     uint32 signs = 0;
 #pragma unroll
@@ -351,8 +352,7 @@ __device__ __forceinline__ void mark_columns(Dropped& dropped, uint32* words, in
   if (w < kChunks && byte != 0) atomicOr(words + w, spread(byte) << 2 * (lane % 4));
 }
 
-// Add a block's exponentials to the rows' sums, and find the columns to keep. Levels are lower bounds
-// of the rows' whole sums. Leaves the exponents, in powers of two, relative to the rows' references.
+// Add a block's exponentials to the rows' sums, and find the columns to keep. Leaves the exponents, in powers of two, relative to the rows' references.
 __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_threshold,
                                           bool plain, bool finds, Dropped& dropped, int lane) {
   const float lowest = -static_cast<float>(infinity());
@@ -361,7 +361,7 @@ __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_th
   float total[2] = {sums.rest[0], sums.rest[1]};
   // As an unsigned integer -inf is larger than all that is finite. Several, that do not wait for each
   // other.
-  uint32 infinite[kSpansInChunk] = {}, candidates = 0;
+  uint32 infinite[kSpansInChunk] = {}, dull = 0;
 #pragma unroll
   for (int w = 0; w < kChunks; ++w) {
     float chunk[2];
@@ -381,9 +381,13 @@ __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_th
     }
     // A chunk's sum is no less than its largest: one that fails has none that passes.
     const float least = __shfl_sync(~0u, chunk_threshold, w);
-    if (chunk[0] >= least * sums.level[0] || chunk[1] >= least * sums.level[1])
-      candidates |= 1u << w;
+    const float over = fmaxf(fmaf(chunk[0], sums.inverse[0], -least),
+                             fmaf(chunk[1], sums.inverse[1], -least));
+    dull = __funnelshift_l(__float_as_uint(over), dull, 1);
   }
+  // By signs, which unlike comparisons need none of the few predicates. The first chunk's is the
+  // highest.
+  uint32 candidates = ~dull & ((1u << kChunks) - 1);
   static_assert(kSpansInChunk == 4, "pairs of a chunk");
   infinite[0] = largest_of_three(infinite[0], infinite[1], infinite[2]);
   if (plain && (infinite[0] >= __float_as_uint(lowest) || infinite[3] >= __float_as_uint(lowest))) {
@@ -424,14 +428,15 @@ __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_th
         sums.reference[half] += most;
       }
       const float whole = quad_sum(total[half]);
-      sums.level[half] = moves ? whole : fmaxf(sums.level[half], whole);
+      const float inverse = __fdividef(1.0f, whole);
+      sums.inverse[half] = moves ? inverse : fminf(sums.inverse[half], inverse);
     }
     candidates = ~0u;
   }
   sums.rest[0] = total[0];
   sums.rest[1] = total[1];
   if (finds && candidates != 0)
-    find_columns(z, candidates, sums.level, chunk_threshold, dropped, lane);
+    find_columns(z, candidates, sums.inverse, chunk_threshold, dropped, lane);
 }
 
 // Add up what entropy needs, relative to the reference that the rows have now; `shared` still holds
