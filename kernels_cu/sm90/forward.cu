@@ -176,35 +176,35 @@ __device__ __forceinline__ void raise_bound(int* bound, float reference, float s
   if (sum > 0) atomicMax(bound, ordered(reference + logarithm_to_two(sum)));
 }
 
-// Bring the bounds that columns are tested against up to date: by this warp group's own sums so far,
-// and where asked for by those of all blocks that work on these rows, as far as they have come.
-__device__ __forceinline__ void share_bounds(Shared& shared, const ForwardArguments& call, int count,
-                                             bool with_others) {
-  const int row = first_row(shared.row_tile[this_thread()]);
-  float known[kBlocksM][2] = {};
+// Bring the bounds that columns are tested against up to date: by this warp group's own sums, and by
+// those of all blocks that work on these rows, as far as they have come.
+__device__ __forceinline__ void share_bounds(Shared& shared, const ForwardArguments& call,
+                                             int count) {
+  const int thread = this_thread(), row = first_row(shared.row_tile[thread]);
+  float known[kBlocksM][2], seen[kBlocksM][2];
   // All loads first.
-  if (with_others) {
 #pragma unroll
-    for (int m = 0; m < kBlocksM; ++m)
+  for (int m = 0; m < kBlocksM; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        known[m][half] = from_ordered(__ldcg(call.bound + min(row + 64 * m + 8 * half, count - 1)));
-  }
+    for (int half = 0; half < 2; ++half)
+      known[m][half] = from_ordered(__ldcg(call.bound + min(row + 64 * m + 8 * half, count - 1)));
+#pragma unroll
+  for (int m = 0; m < kBlocksM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) seen[m][half] = quad_sum(shared.rest.at(m, half));
 #pragma unroll
   for (int m = 0; m < kBlocksM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = row + 64 * m + 8 * half;
-      const float seen = quad_sum(shared.rest.at(m, half)), before = shared.inverse.at(m, half);
-      float inverse = fminf(before, __fdividef(1.0f, seen));
-      if (with_others) {
-        const float told = known[m][half] - shared.reference.at(m, half);
-        inverse = fminf(inverse, fmaxf(power_of_two(-told), 1.0f / kHighest));
-        if (this_thread() % 4 == 0 && at < count && seen > 1.002f * power_of_two(told))
-          raise_bound(call.bound + at, shared.reference.at(m, half), seen);
-      }
+      const float told = known[m][half] - shared.reference.at(m, half);
+      // Finite both ways: zero would keep nothing, and infinity times zero is not a number.
+      const float inverse = fmaxf(fminf(__fdividef(1.0f, seen[m][half]), power_of_two(-told)),
+                                  1.0f / kHighest);
       // A row that is not there keeps nothing.
       shared.inverse.at(m, half) = at < count ? inverse : 0.0f;
+      if (thread % 4 == 0 && at < count && seen[m][half] > 1.002f * power_of_two(told))
+        raise_bound(call.bound + at, shared.reference.at(m, half), seen[m][half]);
     }
 }
 
@@ -233,7 +233,6 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
         const float reference = row < count ? call.own[row] * kLog2E : kHighest;
         shared.reference.at(m, half) = reference < kLowest ? kLowest : reference;
         shared.rest.at(m, half) = 0;
-        shared.inverse.at(m, half) = kHighest;
         shared.target.at(m, half) =
             __int_as_float(row < count ? static_cast<int>(call.map.target[row]) : -1);
       }
@@ -261,9 +260,9 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
       }
       // The other's products may queue behind these.
       give_turn(1 - this_thread() / kGroupThreads);
-      if (!kStatistics && call.bits != nullptr)
-        share_bounds(shared, call, count,
-                     steps >= kLongTile || (tile - unit.first) / kConsumers % kShareEvery == 0);
+      if (!kStatistics && call.bits != nullptr &&
+          (steps >= kLongTile || (tile - unit.first) / kConsumers % kShareEvery == 0))
+        share_bounds(shared, call, count);
       product_wait<0>();
       release<kCluster>(shared.ring.empty[done]);
       finish_tile<kPlain, kStatistics>(z, shared, call, count, tile * kTileN);
