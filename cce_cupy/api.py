@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from .frameworks import Framework, select
 from .frameworks.framework import Evaluation
-from .plan import Plan, make_plan
-from .problem import ArraySpec, Options, Problem
+from .plan import Plan
+from .problem import Options, Problem
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -191,9 +191,9 @@ def linear_cross_entropy(
     >>> round(float(loss), 4)  # log(1000)
     6.9078
     """
-    prepared = _prepare(locals())
-    prepared.framework.refuse_autodiff(prepared.arrays)
-    return prepared.result(prepared.evaluate(differentiate=False))
+    framework, arrays, options = _sort(locals())
+    loss, lse = framework.loss(arrays, options)
+    return (loss, lse) if return_lse else loss
 
 
 def _same_arguments(reference: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
@@ -378,7 +378,13 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(arguments: dict[str, Any]) -> _Prepared:
-    """Sort the arguments of a public function into arrays and options, check and plan."""
+    """Sort the arguments of a public function, check and plan."""
+    framework, arrays, options = _sort(arguments)
+    return _Prepared(framework, *framework.check(arrays, options), arrays)
+
+
+def _sort(arguments: dict[str, Any]) -> tuple[Framework, dict[str, Any], Options]:
+    """Sort the arguments of a public function into arrays and options."""
     required = ("e", "c", "targets")
     arrays = {
         name: arguments[name]
@@ -386,11 +392,4 @@ def _prepare(arguments: dict[str, Any]) -> _Prepared:
         if name in required or arguments.get(name) is not None
     }
     options = Options(**{name: arguments[name] for name in arguments if name not in _ARRAYS})
-    framework = select(arrays)
-    specs: dict[str, ArraySpec] = {
-        name: framework.describe(name, array) for name, array in arrays.items()
-    }
-    problem = Problem.check(specs, options)
-    # The plan of a GPU call depends on the device, which its framework knows.
-    plan = make_plan(problem) if problem.device == "cpu" else None
-    return _Prepared(framework, problem, plan, arrays)
+    return select(arrays), arrays, options

@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .compiler import import_cupy, kernel, shared_bytes
-from .plan import ITEMSIZE, MARGIN, ROW_TILE, TILE_COLUMNS, GpuPlan, HopperForward, Sweep
+from .plan import (
+    ITEMSIZE,
+    MARGIN,
+    ROW_TILE,
+    TILE_COLUMNS,
+    GpuPlan,
+    HopperForward,
+    Sweep,
+    Wanted,
+    needed_sweeps,
+)
 from .problem import Problem
 from .tensor_map import tensor_map
 
@@ -123,6 +133,7 @@ class _Gradients(NamedTuple):
     dc: int
     dbias: int
     passed: int
+    wanted: Wanted
 
 
 class _Part(NamedTuple):
@@ -355,8 +366,9 @@ class Launcher:
         dc: int,
         dbias: int,
         passed: int,
+        wanted: Wanted,
     ) -> None:
-        """Form the gradients, one range of columns at a time."""
+        """Form the wanted gradients, one range of columns at a time."""
         problem, plan, room = self.problem, self.plan, self.room
         self.launch(
             "portable/tokens", "row_factors", (-(-plan.capacity // _THREADS),), (_THREADS,),
@@ -367,9 +379,9 @@ class Launcher:
         )  # fmt: skip
         rank_one = plan.smooths and problem.softcap is None
         if rank_one:
-            self._smoothing_sums()
-        outputs = _Gradients(bits, unbounded, de, dc, dbias, passed)
-        for sweep in plan.sweeps:
+            self._smoothing_sums(wanted)
+        outputs = _Gradients(bits, unbounded, de, dc, dbias, passed, wanted)
+        for sweep in needed_sweeps(plan.sweeps, wanted):
             for part in self._parts(sweep):
                 self._part(sweep, part, outputs)
 
@@ -388,20 +400,22 @@ class Launcher:
             return (_Part(*t, *c) for c in columns for t in tiles)
         return (_Part(*t, *c) for t in tiles for c in columns)
 
-    def _smoothing_sums(self) -> None:
+    def _smoothing_sums(self, wanted: Wanted) -> None:
         problem, plan, room = self.problem, self.plan, self.room
         dim = np.int64(problem.dim)
         grid = (-(-problem.dim // 32), plan.smoothing_parts)
-        self.launch(
-            "portable/backward", "weighted_rows", grid, (32, 8),
-            self.c, np.int64(problem.vocab), dim, self.no_map, np.uint64(room["smoothing"]),
-            np.uint64(room["smoothing_classifier"]),
-        )  # fmt: skip
-        self.launch(
-            "portable/backward", "weighted_rows", grid, (32, 8),
-            self.e, np.int64(0), dim, self.map, np.uint64(room["factor_smoothing"]),
-            np.uint64(room["smoothing_embedding"]),
-        )  # fmt: skip
+        if wanted.e:
+            self.launch(
+                "portable/backward", "weighted_rows", grid, (32, 8),
+                self.c, np.int64(problem.vocab), dim, self.no_map, np.uint64(room["smoothing"]),
+                np.uint64(room["smoothing_classifier"]),
+            )  # fmt: skip
+        if wanted.c:
+            self.launch(
+                "portable/backward", "weighted_rows", grid, (32, 8),
+                self.e, np.int64(0), dim, self.map, np.uint64(room["factor_smoothing"]),
+                np.uint64(room["smoothing_embedding"]),
+            )  # fmt: skip
         self.launch(
             "portable/backward", "sum_rows", (1,), (_PRODUCT_THREADS,),
             self.map, np.uint64(room["factor_smoothing"]), np.uint64(room["smoothing_rows"]),
@@ -429,7 +443,8 @@ class Launcher:
             self.map, np.uint64(outputs.bits if sweep.filtered else 0), np.int64(plan.words),
             np.uint64(outputs.unbounded), first_tile, left, right, lists,
         )  # fmt: skip
-        counts = sweep.filtered and (sweep.c or not problem.filter_c_grad)
+        in_columns = problem.filter_c_grad and (outputs.wanted.c or outputs.wanted.bias)
+        counts = sweep.filtered and (sweep.c or not in_columns)
         self.launch(
             "portable/backward", "dlogits", (tiles, width // _BLOCK), (_PRODUCT_THREADS,),
             self.e, self.c, np.uint64(inputs.bias), dim, first_tile, left, self.logit_options,
@@ -451,10 +466,12 @@ class Launcher:
                 np.uint64(outputs.de),
             )  # fmt: skip
         if sweep.c:
-            grid = (width // _BLOCK, max(d_blocks, 1))
+            # Of a width of 0 the kernel forms dbias alone.
+            c_dim, c_blocks = (dim, max(d_blocks, 1)) if outputs.wanted.c else (np.int64(0), 1)
+            grid = (width // _BLOCK, c_blocks)
             self.launch(
                 "portable/backward", "dclassifier", grid, (_PRODUCT_THREADS,),
-                self.e, dim, left, right, scale, self.map, lists, records,
+                self.e, c_dim, left, right, scale, self.map, lists, records,
                 first_tile, np.int64(part.last_tile), np.uint64(smoothing),
                 np.uint64(room["smoothing_embedding"] if rank_one else 0), parts,
                 np.uint64(room["smoothing_rows"] if rank_one else 0),

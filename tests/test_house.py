@@ -59,12 +59,15 @@ HOUSE = {
     ),
     "frameworks.dlpack": Room("frameworks.framework frameworks.cupy plan problem"),
     "frameworks.torch": Room("frameworks.framework frameworks.gpu plan problem", foreign="torch"),
+    "frameworks.torch_autograd": Room(
+        "frameworks.torch frameworks.gpu frameworks.host plan problem", foreign="torch"
+    ),
     "frameworks.jax": Room(
         "frameworks.framework frameworks.cupy frameworks.xla_ffi plan problem", foreign="jax"
     ),
     "frameworks": Room(
-        "frameworks.framework frameworks.numpy frameworks.dlpack frameworks.cupy frameworks.torch "
-        "frameworks.jax"
+        "frameworks.framework frameworks.numpy frameworks.dlpack frameworks.cupy "
+        "frameworks.torch_autograd frameworks.jax"
     ),
     "api": Room("frameworks plan problem"),
     "__init__": Room("api version"),

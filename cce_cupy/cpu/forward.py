@@ -18,30 +18,41 @@ float32: what underflows is less than exp(-47) of the sum."""
 
 
 @dataclass(frozen=True)
-class Forward:
-    """What the forward leaves for each compact row.
+class Saved:
+    """What a backward needs of a forward.
 
     Attributes
     ----------
-    lse, nll : ndarray of float64, shape (rows,)
-        Log-sum-exp, and that minus the target logit.
-    smoothed_logit : ndarray of float64, shape (rows,)
-        ``sum_v smoothing[v] * z[v]``; 0 without label smoothing.
+    lse : ndarray of float64, shape (rows,)
     bits : ndarray of uint8 or None
         Kept-column bits of each row tile.
-    entropy : ndarray of float64 or None
-    argmax : ndarray of int64 or None
     stored : StoredLogits or None
         Some of the logits, which the backward consumes.
     """
 
     lse: Array
+    bits: Array | None
+    stored: StoredLogits | None
+
+
+@dataclass(frozen=True)
+class Forward(Saved):
+    """What the forward leaves for each compact row.
+
+    Attributes
+    ----------
+    nll : ndarray of float64, shape (rows,)
+        Log-sum-exp minus the target logit.
+    smoothed_logit : ndarray of float64, shape (rows,)
+        ``sum_v smoothing[v] * z[v]``; 0 without label smoothing.
+    entropy : ndarray of float64 or None
+    argmax : ndarray of int64 or None
+    """
+
     nll: Array
     smoothed_logit: Array
-    bits: Array | None
     entropy: Array | None
     argmax: Array | None
-    stored: StoredLogits | None = None
 
 
 class _RowState:
@@ -238,7 +249,15 @@ class _ForwardRun(NamedTuple):
             entropy = np.maximum(np.log(total) - weighted / total, 0.0)
             argmax = joined("argmax").astype(np.int64)
         smoothed = joined("smoothed_logit")
-        return Forward(lse, nll, smoothed, self.bits, entropy, argmax, self.stored)
+        return Forward(
+            lse=lse,
+            bits=self.bits,
+            stored=self.stored,
+            nll=nll,
+            smoothed_logit=smoothed,
+            entropy=entropy,
+            argmax=argmax,
+        )
 
 
 class _ForwardTile(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..plan import Plan
-from ..problem import ArraySpec, Problem, check_upstream
+from ..plan import Plan, make_plan
+from ..problem import ArraySpec, Options, Problem, check_upstream
 from . import gpu
 from .host import Arrays, HostCall, HostGradients, Progress
 
@@ -71,9 +71,6 @@ class Framework:
         """Return an array of the framework, on the device of `like`."""
         raise NotImplementedError
 
-    def refuse_autodiff(self, arrays: Mapping[str, Any]) -> None:
-        """Raise where the framework would record a call that it cannot differentiate yet."""
-
     def device_memory(self, like: Any) -> gpu.DeviceMemory:
         """Return what the kernels need of a framework on the device of `like`."""
         raise NotImplementedError
@@ -85,6 +82,18 @@ class Framework:
     def from_device(self, array: Any, like: Any) -> Any:
         """Return an array of this framework over the memory of a result."""
         return array
+
+    def check(self, arrays: Mapping[str, Any], options: Options) -> tuple[Problem, Plan | None]:
+        """Check the arguments of a call, and plan it where that needs no device."""
+        specs = {name: self.describe(name, array) for name, array in arrays.items()}
+        problem = Problem.check(specs, options)
+        return problem, make_plan(problem) if problem.device == "cpu" else None
+
+    def loss(self, arrays: Mapping[str, Any], options: Options) -> tuple[Any, Any]:
+        """Return the loss, and lse: what autodiff may see of a call."""
+        problem, plan = self.check(arrays, options)
+        evaluation = self.evaluate(problem, plan, arrays, differentiate=False)
+        return evaluation.loss, evaluation.lse
 
     def evaluate(
         self,
@@ -116,11 +125,11 @@ class Framework:
             return returned(host.pullback(upstream, upstream_lse))
 
         def returned(gradients: HostGradients) -> tuple[Any, Any, Any]:
-            return (
-                self.from_host(gradients.e, like),
-                self.from_host(gradients.c, like),
-                None if gradients.bias is None else self.from_host(gradients.bias, like),
+            e, c, bias = (
+                None if gradient is None else self.from_host(gradient, like)
+                for gradient in (gradients.e, gradients.c, gradients.bias)
             )
+            return e, c, bias
 
         return Evaluation(
             loss=self.from_host(host.loss(), like),

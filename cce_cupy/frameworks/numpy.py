@@ -21,7 +21,7 @@ class NumpyFramework(Framework):
     @staticmethod
     def owns(array: Any) -> bool:
         """Tell whether an object is an array of this framework."""
-        return isinstance(array, np.ndarray | np.generic)
+        return isinstance(array, (np.ndarray, np.generic))
 
     def describe(self, name: str, array: Any) -> ArraySpec:
         """Return what an argument looks like."""

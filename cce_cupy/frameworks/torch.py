@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -27,6 +26,14 @@ class TorchFramework(Framework):
 
     def describe(self, name: str, array: Any) -> ArraySpec:
         """Return what an argument looks like."""
+        if hasattr(array, "full_tensor"):
+            raise TypeError(
+                f"{name} is a DTensor ({array.placements}), and whether its gradient is a sum over "
+                f"ranks is for the caller to say: pass {name}.full_tensor() where every rank has "
+                f"the same tokens, {name}.full_tensor(grad_placements=[Partial()]) where each has "
+                f"its own and gradients are summed, or {name}.to_local(). Within the forward of a "
+                "module that fully_shard wraps, parameters are plain tensors"
+            )
         if array.layout is not torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {array.layout}")
         dtype = str(array.dtype).removeprefix("torch.")
@@ -55,18 +62,6 @@ class TorchFramework(Framework):
     def device_memory(self, like: Any) -> TorchMemory:
         """Return what the kernels need of torch on the device of `like`."""
         return TorchMemory(like.device)
-
-    def refuse_autodiff(self, arrays: Mapping[str, Any]) -> None:
-        """Raise for tensors that require grad: autograd would find no way back through the loss."""
-        if not torch.is_grad_enabled():
-            return
-        for name, array in arrays.items():
-            if array.requires_grad:
-                raise ValueError(
-                    f"{name} requires grad, but this version does not take part in autograd: "
-                    "use linear_cross_entropy_value_and_grad or linear_cross_entropy_vjp, "
-                    f"or pass {name}.detach()"
-                )
 
 
 class TorchMemory:
