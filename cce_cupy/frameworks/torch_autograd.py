@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..plan import Plan, Wanted, make_plan, saved_words
-from ..problem import ArraySpec, Options, Problem
+from ..problem import ArraySpec, Options, Problem, read_filter_eps
 from . import gpu
 from .host import Arrays, HostCall
 from .torch import TorchFramework, TorchMemory
@@ -52,37 +52,51 @@ class TorchAutogradFramework(TorchFramework):
             given, function = _to_schema(options), torch.ops.cce_cupy.linear_cross_entropy
         else:
             # torch.func meets a Function where it is called, not within an operator.
-            given, function = _options_of(self.check(arrays, options)[0]), _Forward.apply
+            given, function = _options_of(self.problem(arrays, options)), _Forward.apply
         learned = [arrays[name] for name in ("e", "c", "bias") if name in arrays]
         differentiate = recorded and any(tensor.requires_grad for tensor in learned)
         tensors = [arrays.get(name) for name in _TENSORS]
         loss, lse, _ = function(*tensors, *given, differentiate)
         return loss, lse
 
+    # The functions that take tensors as plain data stay out of a compiler's graph: it would take
+    # NumPy code for code of the caller, to be rewritten.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, arrays: Mapping[str, Any], options: Options) -> tuple[Problem, Plan | None]:
         """Check the arguments of a call, and plan it where that needs no device."""
+        problem = self.problem(arrays, options)
+        return problem, _planned(problem) if problem.device == "cpu" else None
+
+    def problem(self, arrays: Mapping[str, Any], options: Options) -> Problem:
+        """Check the arguments of a call, or find them checked."""
         specs = tuple((name, self.describe(name, array)) for name, array in arrays.items())
         given = specs, *vars(options).values()
+        if torch.compiler.is_compiling():
+            return _check(*given)
         try:
             hash(given)
         except TypeError:
             # Sizes that are symbolic, or an option of a kind that no cache can hold.
-            return _checked.__wrapped__(*given)
+            return _check(*given)
         return _checked(*given)
 
+    evaluate = torch.compiler.disable(TorchFramework.evaluate)
+    statistics = torch.compiler.disable(TorchFramework.statistics)
 
-# Typed: True equals 1, but is no softcap.
-@functools.lru_cache(maxsize=256, typed=True)
-def _checked(
-    specs: tuple[tuple[str, ArraySpec], ...], *options: Any
-) -> tuple[Problem, Plan | None]:
+
+def _check(specs: tuple[tuple[str, ArraySpec], ...], *options: Any) -> Problem:
     problem = Problem.check(dict(specs), Options(*options))
     if not -_INTEGER_LIMIT <= problem.ignore_index < _INTEGER_LIMIT:
         raise ValueError(
             "ignore_index must be an integer of 64 bits with sign for tensors of torch, "
             f"got {problem.ignore_index}"
         )
-    return problem, make_plan(problem) if problem.device == "cpu" else None
+    return problem
+
+
+# Typed: True equals 1, but is no softcap.
+_checked = functools.lru_cache(maxsize=256, typed=True)(_check)
+_planned = functools.lru_cache(maxsize=256)(make_plan)
 
 
 def _autocast(arrays: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -100,8 +114,7 @@ def _autocast(arrays: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _to_schema(options: Options) -> tuple[Any, ...]:
     """Return options that nobody has checked as the operators take them."""
-    filter_eps = None if options.filter_eps == "auto" else options.filter_eps or 0.0
-    return _options_of(options, filter_eps)
+    return _options_of(options, read_filter_eps(options.filter_eps))
 
 
 def _options_of(given: Any, filter_eps: float | None = None) -> tuple[Any, ...]:
@@ -140,7 +153,10 @@ class _Call:
         filter_eps = "auto" if given.filter_eps is None else given.filter_eps
         options = dataclasses.replace(given, seed=seed, filter_eps=filter_eps)
         self.framework = TorchAutogradFramework()
-        self.problem, self.plan = self.framework.check(self.arrays, options)
+        self.problem = self.framework.problem(self.arrays, options)
+        self.plan: Plan | None = None
+        if self.problem.device == "cpu" and not symbolic:
+            self.plan = _planned(self.problem)
 
     def host(self) -> HostCall:
         """Return the call on the arrays' memory on the host."""
@@ -238,7 +254,8 @@ class _Forward(torch.autograd.Function):
         ctx.options = given[len(_TENSORS) :]
         ctx.save_for_backward(*given[: len(_TENSORS)], output[2])
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[2])
+        returns_lse = ctx.options[4]
+        ctx.mark_non_differentiable(*output[1 + returns_lse :])
 
     @staticmethod
     def backward(
