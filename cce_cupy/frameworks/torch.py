@@ -43,11 +43,12 @@ class TorchFramework(Framework):
         """Return a view of the tensor's memory."""
         plain = array.detach().resolve_neg()
         try:
+            # Not by Tensor.numpy: it forbids to resize the memory, which FSDP does to parameters.
             if plain.dtype == torch.bfloat16:
                 # NumPy has no bfloat16 of its own; the bits travel as integers.
-                return np.asarray(plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
-            return np.asarray(plain.numpy())
-        except RuntimeError as error:
+                return np.from_dlpack(plain.view(torch.int16)).view(ml_dtypes.bfloat16)
+            return np.from_dlpack(plain)
+        except (BufferError, RuntimeError) as error:
             raise TypeError(
                 "tensors must hold data of their own; this one stands for others, as within "
                 f"torch.func transformations: {error}"
