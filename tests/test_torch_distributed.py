@@ -140,10 +140,45 @@ def dtensor_gathered(rank):
     torch.testing.assert_close(c.grad.full_tensor(), gradient(inputs[0]))
 
 
+def fully_sharded_transformer(rank):
+    """A head sharded by itself, which the patched model reads by calling it."""
+    transformers = pytest.importorskip("transformers")
+    from torch.distributed.fsdp import fully_shard
+
+    from cce_cupy.transformers import patch_transformers
+
+    def make():
+        sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 16)
+        config = transformers.LlamaConfig(
+            vocab_size=VOCAB, num_hidden_layers=1, num_attention_heads=2, **sizes
+        )
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config)
+
+    def inputs(rank):
+        tokens, labels = batch(rank)
+        return {"input_ids": tokens, "labels": labels}
+
+    plain, model = make(), make()
+    patch_transformers(plain)
+    for other in range(RANKS):
+        (plain(**inputs(other)).loss / RANKS).backward()
+    patch_transformers(model)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model.lm_head)
+    fully_shard(model)
+    for _ in range(2):
+        model.zero_grad()
+        model(**inputs(rank)).loss.backward()
+        check(model, {name: p.grad for name, p in plain.named_parameters()})
+
+
 JOBS = [
     data_parallel,
     data_parallel_compiled,
     fully_sharded,
+    fully_sharded_transformer,
     dtensor_refused,
     dtensor_gathered,
 ]
