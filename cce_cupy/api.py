@@ -84,6 +84,9 @@ def linear_cross_entropy(
     ``softcap(x) = softcap * tanh(x / softcap)``; the loss of a token is
     ``logsumexp(z) - z[target]``. Memory beyond inputs and outputs does not grow with N * V.
 
+    On torch tensors the loss, and lse where it is returned, are differentiable with respect to e,
+    c and bias, and the call works under ``torch.compile`` and ``torch.func.grad``.
+
     All arrays come from one framework (NumPy, CuPy, torch, JAX, or any other with
     ``__dlpack__``) and one device, the CPU or an NVIDIA GPU. They are never written to.
     Non-contiguous arrays work.

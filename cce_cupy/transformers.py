@@ -58,8 +58,8 @@ def patch_transformers(model: Any, **options: Any) -> Callable[[], None]:
 
     Returns
     -------
-    undo : callable
-        ``undo()`` makes the model what it was. It may be called once.
+    callable
+        Called without arguments, ``undo()``, it makes the model what it was. It may be called once.
 
     Raises
     ------
