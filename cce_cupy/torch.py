@@ -1,4 +1,7 @@
-"""The loss as a module of torch."""
+"""The loss as a module of torch.
+
+Importing it registers the operators that a saved program of torch may name.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from .api import linear_cross_entropy
+from .frameworks import torch_autograd  # noqa: F401
 from .problem import ArraySpec, Options, Problem
 
 __all__ = ["LinearCrossEntropyLoss"]

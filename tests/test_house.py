@@ -71,7 +71,7 @@ HOUSE = {
     ),
     "api": Room("frameworks plan problem"),
     "__init__": Room("api version"),
-    "torch": Room("api problem", foreign="torch"),
+    "torch": Room("api frameworks.torch_autograd problem", foreign="torch"),
     "transformers": Room("api", foreign="torch transformers peft"),
     "commands.*": Room("__init__ api frameworks plan problem version", "rich safetensors"),
     "commands.corpus": Room(foreign="tokenizers"),

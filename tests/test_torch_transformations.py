@@ -51,8 +51,8 @@ def test_cell(row, column):
     check_cell(row, Subject(column), CELLS[row, column])
 
 
-def arguments(dtype=torch.float32, learn=True):
-    subject = Subject("linear_cross_entropy", dtype=dtype)
+def arguments(dtype=torch.float32, learn=True, device="cpu"):
+    subject = Subject("linear_cross_entropy", device, dtype)
     e, c, bias = subject.leaves() if learn else subject.values
     return [e, c, subject.targets, bias, None, None]
 
