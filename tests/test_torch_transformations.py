@@ -3,7 +3,11 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import cases
 
 torch = pytest.importorskip("torch")
 
@@ -165,3 +169,45 @@ def test_functions_for_plain_data_stay_out_of_a_graph(function):
     compiled = torch.compile(lambda *given: plain(*given)[1], backend="eager")
     found, expected = compiled(e, c, subject.targets), plain(e, c, subject.targets)[1]
     assert re.sub("grad_fn", "", repr(found)) == repr(expected)
+
+
+def tensor(array):
+    array = np.array(array, order="C")
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+@settings(max_examples=max(settings().max_examples // 2, 1))
+@given(
+    case=cases(),
+    wanted=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    gradient_filter=st.sampled_from(["unbiased", "threshold", None]),
+    eps=st.sampled_from([0.0, 1e-3, 0.1]),
+)
+def test_autograd_is_the_pullback(case, wanted, gradient_filter, eps):
+    """For all kinds of problems, and whichever gradients are asked for."""
+    e, c, targets = map(tensor, case.arrays)
+    options = {**case.options, "gradient_filter": gradient_filter, "filter_eps": eps}
+    for name in ("bias", "class_weight", "token_weight"):
+        if name in options:
+            options[name] = tensor(options[name])
+    result, pullback = cce_cupy.linear_cross_entropy_vjp(e, c, targets, **options, return_lse=True)
+    generator = torch.Generator().manual_seed(0)
+    upstream = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in result]
+    gradients = pullback(*upstream)
+    arrays = e, c, options.get("bias")
+    learned = [
+        (array.requires_grad_(), gradient)
+        for array, gradient, wants in zip(arrays, gradients, wanted, strict=True)
+        if wants and array is not None
+    ]
+    found = cce_cupy.linear_cross_entropy(e, c, targets, **options, return_lse=True)
+    for value, plain in zip(found, result, strict=True):
+        torch.testing.assert_close(value.detach(), plain, equal_nan=True)
+        assert value.requires_grad == bool(learned)
+    if learned:
+        leaves, expected = zip(*learned, strict=True)
+        torch.testing.assert_close(
+            torch.autograd.grad(found, leaves, upstream), expected, equal_nan=True
+        )
