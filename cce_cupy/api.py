@@ -194,7 +194,31 @@ def linear_cross_entropy(
     >>> round(float(loss), 4)  # log(1000)
     6.9078
     """
-    framework, arrays, options = _sort(locals())
+    # Not locals(), which a compiler of older torch cannot follow.
+    given = {
+        "e": e,
+        "c": c,
+        "targets": targets,
+        "bias": bias,
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+        "reduction": reduction,
+        "shift": shift,
+        "return_lse": return_lse,
+        "filter_eps": filter_eps,
+        "gradient_filter": gradient_filter,
+        "seed": seed,
+        "logit_scale": logit_scale,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "class_weight": class_weight,
+        "token_weight": token_weight,
+        "filter_e_grad": filter_e_grad,
+        "filter_c_grad": filter_c_grad,
+        "check_targets": check_targets,
+        "workspace_bytes": workspace_bytes,
+    }
+    framework, arrays, options = _sort(given)
     loss, lse = framework.loss(arrays, options)
     return (loss, lse) if return_lse else loss
 

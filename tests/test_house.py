@@ -60,7 +60,8 @@ HOUSE = {
     "frameworks.dlpack": Room("frameworks.framework frameworks.cupy plan problem"),
     "frameworks.torch": Room("frameworks.framework frameworks.gpu plan problem", foreign="torch"),
     "frameworks.torch_autograd": Room(
-        "frameworks.torch frameworks.gpu frameworks.host plan problem", foreign="torch"
+        "frameworks.torch frameworks.framework frameworks.gpu frameworks.host plan problem",
+        foreign="torch",
     ),
     "frameworks.jax": Room(
         "frameworks.framework frameworks.cupy frameworks.xla_ffi plan problem", foreign="jax"

@@ -49,7 +49,7 @@ def check_cell(row, subject, cell):
         check(subject)
 
 
-@pytest.mark.parametrize(("row", "column"), CELLS, ids=" ".join)
+@pytest.mark.parametrize(("row", "column"), CELLS, ids=lambda name: name.strip("`"))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_cell(row, column):
     check_cell(row, Subject(column), CELLS[row, column])

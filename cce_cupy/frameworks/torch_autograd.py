@@ -16,6 +16,7 @@ import torch
 from ..plan import Plan, Wanted, make_plan, saved_words
 from ..problem import ArraySpec, Options, Problem, read_filter_eps
 from . import gpu
+from .framework import Evaluation
 from .host import Arrays, HostCall
 from .torch import TorchFramework, TorchMemory
 
@@ -80,7 +81,16 @@ class TorchAutogradFramework(TorchFramework):
             return _check(*given)
         return _checked(*given)
 
-    evaluate = torch.compiler.disable(TorchFramework.evaluate)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def evaluate(self, *arguments: Any, **options: Any) -> Evaluation:
+        """Compute a loss, and with `differentiate` what its pullback needs."""
+        found = super().evaluate(*arguments, **options)
+        return dataclasses.replace(
+            found,
+            pullback=torch.compiler.disable(found.pullback),
+            gradients=torch.compiler.disable(found.gradients),
+        )
+
     statistics = torch.compiler.disable(TorchFramework.statistics)
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings(
 LEARNED = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
 
 
-@pytest.mark.parametrize(("row", "column"), CELLS, ids=" ".join)
+@pytest.mark.parametrize(("row", "column"), CELLS, ids=lambda name: name.strip("`"))
 def test_cell(row, column):
     check_cell(row, Subject(column, "cuda"), CELLS[row, column])
 
