@@ -50,7 +50,9 @@ def check_cell(row, subject, cell):
 
 
 @pytest.mark.parametrize(("row", "column"), CELLS, ids=lambda name: name.strip("`"))
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 def test_cell(row, column):
     check_cell(row, Subject(column), CELLS[row, column])
 

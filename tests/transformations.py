@@ -191,10 +191,10 @@ def second_derivatives(subject):
 
 def exported(subject):
     class Loss(torch.nn.Module):
-        def forward(self, e, c, bias):
-            return subject(e, c, bias)
+        def forward(self, *values):
+            return subject(*values)
 
-    values = tuple(subject.values)
+    values = (*subject.values, subject.targets)
     program = torch.export.export(Loss(), values)
     assert torch.equal(program.module()(*values), subject.expected()[0])
 
