@@ -50,8 +50,8 @@ def patch_transformers(model: Any, **options: Any) -> Callable[[], None]:
     model : transformers.PreTrainedModel or peft.PeftModel
         A decoder with one linear head, such as Llama's; with tied weights or without. The head
         may have a LoRA adapter without dropout, or be one of PEFT's ``modules_to_save``. Patch it
-        before it is wrapped or sharded (``DistributedDataParallel``, ``fully_shard``,
-        ``torch.compile``).
+        after its adapters are added, and before it is wrapped or sharded
+        (``DistributedDataParallel``, ``fully_shard``, ``torch.compile``).
     **options
         Keyword arguments of `cce_cupy.linear_cross_entropy`: filter_eps, gradient_filter, seed,
         label_smoothing, z_loss, filter_e_grad, filter_c_grad, workspace_bytes.

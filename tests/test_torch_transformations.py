@@ -11,6 +11,7 @@ from strategies import cases
 
 torch = pytest.importorskip("torch")
 
+from torch._dynamo.testing import CompileCounter  # noqa: E402
 from transformations import REFUSED, ROWS, SHAPE, Subject  # noqa: E402
 
 import cce_cupy  # noqa: E402
@@ -160,6 +161,25 @@ def test_options_that_equal_valid_ones_are_still_checked():
     cce_cupy.linear_cross_entropy(e, c, subject.targets, softcap=1.0)
     with pytest.raises(TypeError, match="softcap"):
         cce_cupy.linear_cross_entropy(e, c, subject.targets, softcap=True)
+
+
+def test_seeds_may_change_without_compiling_again():
+    subject = Subject("linear_cross_entropy")
+    e, c, bias = subject.values
+    torch.compiler.reset()
+    counter = CompileCounter()
+
+    def loss(e, seed):
+        return cce_cupy.linear_cross_entropy(
+            e, c, subject.targets, bias, filter_eps=0.1, gradient_filter="unbiased", seed=seed
+        )
+
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for seed in range(3, 9):
+        leaves = [e.clone().requires_grad_() for _ in range(2)]
+        found = torch.autograd.grad(compiled(leaves[0], seed), leaves[0])
+        assert torch.equal(found[0], torch.autograd.grad(loss(leaves[1], seed), leaves[1])[0])
+    assert counter.frame_count <= 2  # the second time the compiler learns that it changes
 
 
 @pytest.mark.parametrize("function", ["linear_cross_entropy_value_and_grad", "token_statistics"])
