@@ -307,7 +307,7 @@ def test_import_is_light(fresh_import: tuple[float, set[str]]) -> None:
 
 
 @pytest.mark.skipif("CI" not in os.environ, reason="a developer may do without some of them")
-@pytest.mark.parametrize("package", ["torch", "jax", "array_api_strict"])
+@pytest.mark.parametrize("package", ["torch", "transformers", "peft", "jax", "array_api_strict"])
 def test_nothing_is_skipped_in_ci(package: str) -> None:
     """Where all is meant to be installed, a test that skips for want of it would hide a hole."""
     assert importlib.util.find_spec(package)
