@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from .frameworks import Framework, select
 from .frameworks.framework import Evaluation
-from .plan import Plan, make_plan
-from .problem import ArraySpec, Options, Problem
+from .plan import Plan
+from .problem import Options, Problem
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -84,6 +83,9 @@ def linear_cross_entropy(
     The logits are ``z = softcap(logit_scale * e @ c.T + bias)`` with
     ``softcap(x) = softcap * tanh(x / softcap)``; the loss of a token is
     ``logsumexp(z) - z[target]``. Memory beyond inputs and outputs does not grow with N * V.
+
+    On torch tensors the loss, and lse where it is returned, are differentiable with respect to e,
+    c and bias, and the call works under ``torch.compile`` and ``torch.func.grad``.
 
     All arrays come from one framework (NumPy, CuPy, torch, JAX, or any other with
     ``__dlpack__``) and one device, the CPU or an NVIDIA GPU. They are never written to.
@@ -192,9 +194,33 @@ def linear_cross_entropy(
     >>> round(float(loss), 4)  # log(1000)
     6.9078
     """
-    prepared = _prepare(locals())
-    prepared.framework.refuse_autodiff(prepared.arrays)
-    return prepared.result(prepared.evaluate(differentiate=False))
+    # Not locals(), which a compiler of older torch cannot follow.
+    given = {
+        "e": e,
+        "c": c,
+        "targets": targets,
+        "bias": bias,
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+        "reduction": reduction,
+        "shift": shift,
+        "return_lse": return_lse,
+        "filter_eps": filter_eps,
+        "gradient_filter": gradient_filter,
+        "seed": seed,
+        "logit_scale": logit_scale,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "class_weight": class_weight,
+        "token_weight": token_weight,
+        "filter_e_grad": filter_e_grad,
+        "filter_c_grad": filter_c_grad,
+        "check_targets": check_targets,
+        "workspace_bytes": workspace_bytes,
+    }
+    framework, arrays, options = _sort(given)
+    loss, lse = framework.loss(arrays, options)
+    return (loss, lse) if return_lse else loss
 
 
 def _same_arguments(reference: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
@@ -379,37 +405,18 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(arguments: dict[str, Any]) -> _Prepared:
-    """Sort the arguments of a public function into arrays and options, check and plan."""
+    """Sort the arguments of a public function, check and plan."""
+    framework, arrays, options = _sort(arguments)
+    return _Prepared(framework, *framework.check(arrays, options), arrays)
+
+
+def _sort(arguments: dict[str, Any]) -> tuple[Framework, dict[str, Any], Options]:
+    """Sort the arguments of a public function into arrays and options."""
     required = ("e", "c", "targets")
     arrays = {
         name: arguments[name]
         for name in _ARRAYS
         if name in required or arguments.get(name) is not None
     }
-    framework = select(arrays)
-    specs = tuple(framework.describe(name, array) for name, array in arrays.items())
-    options = {name: value for name, value in arguments.items() if name not in _ARRAYS}
-    checked = (tuple(arrays), specs, tuple(options), tuple(options.values()))
-    # Equal values of other types may be refused: True for 1.
-    types = tuple(map(type, options.values()))
-    try:
-        problem, plan = _check(*checked, types)
-    except TypeError:
-        # An option that cannot be a key, or an argument that is refused: again, to say so.
-        problem, plan = _check.__wrapped__(*checked, types)
-    return _Prepared(framework, problem, plan, arrays)
-
-
-@functools.lru_cache(maxsize=256)
-def _check(
-    names: tuple[str, ...],
-    specs: tuple[ArraySpec, ...],
-    option_names: tuple[str, ...],
-    values: tuple[Any, ...],
-    types: tuple[type, ...],
-) -> tuple[Problem, Plan | None]:
-    """Check and plan; kept, since the calls of a training run are alike."""
-    options = Options(**dict(zip(option_names, values, strict=True)))
-    problem = Problem.check(dict(zip(names, specs, strict=True)), options)
-    # The plan of a GPU call depends on the device, which its framework knows.
-    return problem, make_plan(problem) if problem.device == "cpu" else None
+    options = Options(**{name: arguments[name] for name in arguments if name not in _ARRAYS})
+    return select(arrays), arrays, options

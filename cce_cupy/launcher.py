@@ -9,7 +9,17 @@ from typing import Any, NamedTuple
 
 from . import driver
 from .compiler import import_cupy, kernel, shared_bytes
-from .plan import ITEMSIZE, MARGIN, ROW_TILE, TILE_COLUMNS, GpuPlan, HopperForward, Sweep
+from .plan import (
+    ITEMSIZE,
+    MARGIN,
+    ROW_TILE,
+    TILE_COLUMNS,
+    GpuPlan,
+    HopperForward,
+    Sweep,
+    Wanted,
+    needed_sweeps,
+)
 from .problem import Problem
 from .signatures import layout
 from .tensor_map import tensor_map
@@ -89,6 +99,7 @@ class _Gradients(NamedTuple):
     dc: int
     dbias: int
     passed: int
+    wanted: Wanted
 
 
 class _Part(NamedTuple):
@@ -303,8 +314,9 @@ class Launcher:
         dc: int,
         dbias: int,
         passed: int,
+        wanted: Wanted,
     ) -> None:
-        """Form the gradients, one range of columns at a time."""
+        """Form the wanted gradients, one range of columns at a time."""
         problem, plan, room = self.problem, self.plan, self.room
         self.launch(
             "portable/tokens", "row_factors", (-(-plan.capacity // _THREADS), 1), (_THREADS, 1),
@@ -314,9 +326,9 @@ class Launcher:
         )  # fmt: skip
         rank_one = plan.smooths and problem.softcap is None
         if rank_one:
-            self._smoothing_sums()
-        outputs = _Gradients(bits, unbounded, de, dc, dbias, passed)
-        for sweep in plan.sweeps:
+            self._smoothing_sums(wanted)
+        outputs = _Gradients(bits, unbounded, de, dc, dbias, passed, wanted)
+        for sweep in needed_sweeps(plan.sweeps, wanted):
             for part in self._parts(sweep):
                 self._part(sweep, part, outputs)
 
@@ -338,19 +350,21 @@ class Launcher:
     def _factors(self) -> tuple[int, ...]:
         return tuple(self.room[f"factor_{name}"] for name in ("softmax", "onehot", "smoothing"))
 
-    def _smoothing_sums(self) -> None:
+    def _smoothing_sums(self, wanted: Wanted) -> None:
         problem, plan, room = self.problem, self.plan, self.room
         grid, no_map = (-(-problem.dim // 32), plan.smoothing_parts), (0, 0, 0, 0, 0)
-        self.launch(
-            "portable/backward", "weighted_rows", grid, (32, 8),
-            *self.c, problem.vocab, problem.dim, *no_map, room["smoothing"],
-            room["smoothing_classifier"],
-        )  # fmt: skip
-        self.launch(
-            "portable/backward", "weighted_rows", grid, (32, 8),
-            *self.e, 0, problem.dim, *self.map, room["factor_smoothing"],
-            room["smoothing_embedding"],
-        )  # fmt: skip
+        if wanted.e:
+            self.launch(
+                "portable/backward", "weighted_rows", grid, (32, 8),
+                *self.c, problem.vocab, problem.dim, *no_map, room["smoothing"],
+                room["smoothing_classifier"],
+            )  # fmt: skip
+        if wanted.c:
+            self.launch(
+                "portable/backward", "weighted_rows", grid, (32, 8),
+                *self.e, 0, problem.dim, *self.map, room["factor_smoothing"],
+                room["smoothing_embedding"],
+            )  # fmt: skip
         self.launch(
             "portable/backward", "sum_rows", (1, 1), (_PRODUCT_THREADS, 1),
             *self.map, room["factor_smoothing"], room["smoothing_rows"],
@@ -371,7 +385,8 @@ class Launcher:
             *self.map, outputs.bits if sweep.filtered else 0, plan.words, outputs.unbounded,
             part.first_tile, part.left, part.right, *lists,
         )  # fmt: skip
-        counts = sweep.filtered and (sweep.c or not problem.filter_c_grad)
+        in_columns = problem.filter_c_grad and (outputs.wanted.c or outputs.wanted.bias)
+        counts = sweep.filtered and (sweep.c or not in_columns)
         self.launch(
             "portable/backward", "dlogits", (tiles, width // _BLOCK), (_PRODUCT_THREADS, 1),
             *self.e, *self.c, inputs.bias, dim, part.first_tile, part.left, *self.logit_options,
@@ -392,10 +407,12 @@ class Launcher:
                 sums, part.left == 0, part.right == problem.vocab, outputs.de,
             )  # fmt: skip
         if sweep.c:
-            grid = (width // _BLOCK, max(d_blocks, 1))
+            # Of a width of 0 the kernel forms dbias alone.
+            c_dim, c_blocks = (dim, max(d_blocks, 1)) if outputs.wanted.c else (0, 1)
+            grid = (width // _BLOCK, c_blocks)
             self.launch(
                 "portable/backward", "dclassifier", grid, (_PRODUCT_THREADS, 1),
-                *self.e, dim, part.left, part.right, problem.logit_scale, *self.map, *lists,
+                *self.e, c_dim, part.left, part.right, problem.logit_scale, *self.map, *lists,
                 *records, part.first_tile, part.last_tile, smoothing,
                 room["smoothing_embedding"] if rank_one else 0, plan.smoothing_parts,
                 room["smoothing_rows"] if rank_one else 0, room["dc_sums"], room["dbias_sums"],

@@ -40,8 +40,7 @@ class ArraySpec(NamedTuple):
     device: str = "cpu"
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The options of a call as the caller gave them; `Problem` is what they mean once checked."""
 
     ignore_index: Any = -100
@@ -163,7 +162,7 @@ class Problem:
             reduction=_choice("reduction", options.reduction, REDUCTIONS),
             shift=shift,
             return_lse=_flag("return_lse", options.return_lse),
-            filter_eps=_filter_eps(options.filter_eps),
+            filter_eps=read_filter_eps(options.filter_eps),
             gradient_filter=(
                 None
                 if options.gradient_filter is None
@@ -227,6 +226,23 @@ def check_upstream(name: str, given: ArraySpec, shape: tuple[int, ...], device: 
         raise ValueError(f"{name} must have shape {shape}, got {given.shape}")
     if given.device != device:
         raise ValueError(f"{name} must be on {device} like e, got {given.device}")
+
+
+def read_filter_eps(value: Any) -> float | None:
+    """Return the option as `Problem` has it: None for ``"auto"``, 0.0 for no filter."""
+    what = "filter_eps must be 'auto', None (no filter) or a number in [0, 1)"
+    if value is None:
+        return 0.0
+    if isinstance(value, str):
+        if value == "auto":
+            return None
+        raise ValueError(f"{what}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{what}, got {_show(value)}")
+    number = float(value)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"{what}, got {number}")
+    return number
 
 
 def _check_dtypes(arrays: dict[str, ArraySpec]) -> None:
@@ -347,22 +363,6 @@ def _softcap(value: Any) -> float | None:
         raise TypeError(f"{what}, got {_show(value)}")
     number = float(value)
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{what}, got {number}")
-    return number
-
-
-def _filter_eps(value: Any) -> float | None:
-    what = "filter_eps must be 'auto', None (no filter) or a number in [0, 1)"
-    if value is None:
-        return 0.0
-    if isinstance(value, str):
-        if value == "auto":
-            return None
-        raise ValueError(f"{what}, got {value!r}")
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{what}, got {_show(value)}")
-    number = float(value)
-    if not 0.0 <= number < 1.0:
         raise ValueError(f"{what}, got {number}")
     return number
 

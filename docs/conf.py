@@ -19,6 +19,8 @@ nitpick_ignore_regex = [("py:class", ".*")]  # types of parameters are prose, no
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 
+# Not needed to read the docstrings of what uses them, and large; the last registers operators.
+autodoc_mock_imports = ["torch", "transformers", "cce_cupy.frameworks.torch_autograd"]
 autodoc_typehints = "none"  # the docstrings say shapes and dtypes, which annotations cannot
 numpydoc_show_class_members = False
 numpydoc_validation_checks = {

@@ -94,3 +94,51 @@ def test_picture(sweep, tmp_path):
     record = {"device": "a GPU", "date": "2026-11-24", "cases": cases}
     picture.draw(record, tmp_path / "picture.svg")
     assert "<svg" in (tmp_path / "picture.svg").read_text()
+
+
+def test_training(tmp_path, capsys):
+    """From text to table at toy size; the arms see the same batches from the same weights."""
+    import json
+
+    import training
+
+    from cce_cupy.commands.corpus import learn_corpus
+
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("matplotlib")
+    tokens = tmp_path / "tokens.npz"
+    words = [f"{a} {b} is a {b} of the {a}" for a in ["red", "green", "blue"] for b in "abcdefghij"]
+    documents = [" ".join(words[k:] + words[:k]) for k in range(len(words))]
+    training.write_tokens(tokens, documents, 280, learn_corpus)
+    options = "--dim 16 --layers 1 --heads 2 --length 24 --batch 4 --steps 30 --device cpu"
+    small = options.split()
+    small += ["--validation-batches", "1", "--learning-rate", "0.01"]
+    results = []
+    for arm in training.ARMS:
+        for seed in (0, 1):
+            path = tmp_path / f"{arm}{seed}.json"
+            given = ["run", str(tokens), str(path), "--arm", arm, "--seed", str(seed), *small]
+            training.main(given)
+            results.append(path)
+    found = {path.stem: json.loads(path.read_text()) for path in results}
+    starts = {(r["seed"], r["validation"][0][1], r["training"][0]) for r in found.values()}
+    # bfloat16 logits and float32 sums: the same within the rounding of logits near 0.
+    assert len({(seed, validation) for seed, validation, _ in starts}) == 2
+    for seed in "01":
+        first = [found[arm + seed]["training"][0] for arm in training.ARMS]
+        assert first == pytest.approx([first[0]] * 4, abs=1e-2)
+    assert all(r["validation"][-1][1] < r["validation"][0][1] - 0.5 for r in found.values())
+    assert found["plain0"]["training"] != found["plain1"]["training"]
+    training.main(["draw", str(tmp_path / "picture.svg"), *map(str, results)])
+    assert (tmp_path / "picture.svg").stat().st_size > 1000
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[1].strip() for row in rows if "| 2 |" in row] == list(training.ARMS)
+
+
+def test_training_setting_is_as_large_as_it_says():
+    import training
+
+    with torch.device("meta"):
+        model = training.Gpt(training.Setting(32768))
+    assert sum(p.numel() for p in model.parameters()) > 30e6
+    assert training.Setting(32768).steps >= 1000

@@ -61,15 +61,21 @@ HOUSE = {
     ),
     "frameworks.dlpack": Room("frameworks.framework frameworks.cupy plan problem"),
     "frameworks.torch": Room("frameworks.framework frameworks.gpu plan problem", foreign="torch"),
+    "frameworks.torch_autograd": Room(
+        "frameworks.torch frameworks.framework frameworks.gpu frameworks.host plan problem",
+        foreign="torch",
+    ),
     "frameworks.jax": Room(
         "frameworks.framework frameworks.cupy frameworks.xla_ffi plan problem", foreign="jax"
     ),
     "frameworks": Room(
-        "frameworks.framework frameworks.numpy frameworks.dlpack frameworks.cupy frameworks.torch "
-        "frameworks.jax"
+        "frameworks.framework frameworks.numpy frameworks.dlpack frameworks.cupy "
+        "frameworks.torch_autograd frameworks.jax"
     ),
     "api": Room("frameworks plan problem"),
     "__init__": Room("api version"),
+    "torch": Room("api frameworks.torch_autograd problem", foreign="torch"),
+    "transformers": Room("api", foreign="torch transformers peft"),
     "commands.*": Room("__init__ api frameworks plan problem version", "rich safetensors"),
     "commands.corpus": Room(foreign="tokenizers"),
     "commands.warmup": Room("compiler", foreign="rich"),
@@ -186,6 +192,7 @@ def test_the_table_itself_runs_one_way() -> None:
         ("api", "import importlib\nimportlib.import_module('torch')", "may not import torch"),
         ("api", "__import__(name)", "may not import a computed name"),
         ("api", "from .cpu import forward", "may not import cpu.forward"),
+        ("torch", "from .cpu import forward", "may not import cpu.forward"),
         ("frameworks.numpy", "import torch", "may not import torch"),
         ("frameworks.torch", "from jax import dlpack", "may not import jax"),
         ("frameworks.torch", "from ..api import f", "may not import api"),
@@ -302,7 +309,7 @@ def test_import_is_light(fresh_import: tuple[float, set[str]]) -> None:
 
 
 @pytest.mark.skipif("CI" not in os.environ, reason="a developer may do without some of them")
-@pytest.mark.parametrize("package", ["torch", "jax", "array_api_strict"])
+@pytest.mark.parametrize("package", ["torch", "transformers", "peft", "jax", "array_api_strict"])
 def test_nothing_is_skipped_in_ci(package: str) -> None:
     """Where all is meant to be installed, a test that skips for want of it would hide a hole."""
     assert importlib.util.find_spec(package)

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..plan import COLUMN_CHUNK, ROW_TILE, Sweep
+from ..plan import COLUMN_CHUNK, EVERY_GRADIENT, ROW_TILE, Sweep, Wanted, needed_sweeps
 from . import columns as kept
 from .call import ELEMENTWISE_ROWS, Call, spans
-from .forward import Forward
+from .forward import Saved
 from .memory import Array, Scratch, Workers, as_index
 from .tokens import RowFactors
 
@@ -21,26 +21,32 @@ from .tokens import RowFactors
 class HostGradients(NamedTuple):
     """Gradients as NumPy arrays in the dtypes of the inputs, and the work they took.
 
+    Those that were not wanted are None.
+
     ``kept`` counts the (row tile, column) pairs that entered the filtered products and ``pairs``
     all of them; both are 0 where nothing was filtered.
     """
 
-    e: Array
-    c: Array
+    e: Array | None
+    c: Array | None
     bias: Array | None
     kept: int
     pairs: int
 
 
-def backward(call: Call, saved: Forward, factors: RowFactors) -> HostGradients:
+def backward(
+    call: Call, saved: Saved, factors: RowFactors, wanted: Wanted = EVERY_GRADIENT
+) -> HostGradients:
     """Form the gradients from the kept columns.
 
     Parameters
     ----------
     call : Call
-    saved : Forward
-        Of the same call, with ``keep_columns=True``.
+    saved : Saved
+        Of a forward of the same call, with ``keep_columns=True``.
     factors : RowFactors
+    wanted : Wanted
+        No work is done for the other gradients.
 
     Returns
     -------
@@ -48,8 +54,8 @@ def backward(call: Call, saved: Forward, factors: RowFactors) -> HostGradients:
     """
     work = len(call.rows) * call.problem.vocab
     with np.errstate(all="ignore"), Workers(work, call.plan.concurrency) as workers:
-        run = _Backward(call, saved, factors, workers)
-        for sweep in call.plan.sweeps:
+        run = _Backward(call, saved, factors, workers, wanted)
+        for sweep in run.sweeps:
             if sweep.c:
                 run.by_columns(sweep)
             else:
@@ -118,16 +124,22 @@ class _Turns:
 class _Backward:
     """Outputs and factors of one backward; its sweeps are its methods."""
 
-    def __init__(self, call: Call, saved: Forward, factors: RowFactors, workers: Workers) -> None:
+    def __init__(
+        self, call: Call, saved: Saved, factors: RowFactors, workers: Workers, wanted: Wanted
+    ) -> None:
         self.call, self.saved, self.factors, self.workers = call, saved, factors, workers
+        self.wanted, self.sweeps = wanted, needed_sweeps(call.plan.sweeps, wanted)
         self.scratch = Scratch(call.dtype)
         e, c, bias = call.arrays.e, call.arrays.c, call.arrays.bias
-        self.de = np.zeros((call.problem.tokens, call.problem.dim), e.dtype)
+        self.de = np.zeros((call.problem.tokens if wanted.e else 0, call.problem.dim), e.dtype)
         # What the forward stored is overwritten or cleared, range by range.
         stored = saved.stored or saved.stored_columns
-        self.dc = np.zeros(c.shape, c.dtype) if stored is None else stored.memory
-        self.dbias = None if bias is None else np.zeros(len(bias), call.dtype)
-        self.rounds = self.de.dtype != call.dtype
+        self.dc = np.zeros(0, c.dtype) if stored is None else stored.memory
+        if wanted.c and stored is None:
+            self.dc = np.zeros(c.shape, c.dtype)
+        self.dbias = np.zeros(len(bias), call.dtype) if bias is not None and wanted.bias else None
+        self.rounds = e.dtype != call.dtype
+        self.counts_rows = not any(sweep.c and sweep.filtered for sweep in self.sweeps)
         self.kept = 0
         tiles = len(spans(0, len(call.rows), ROW_TILE))
         self.pairs = 0 if saved.bits is None else tiles * call.problem.vocab
@@ -163,8 +175,9 @@ class _Backward:
             if self.smoothing_of_rank_one is not None:
                 dbias -= self.smoothing_of_rank_one * self.factors.smoothing.sum()
             dbias = dbias.astype(self.de.dtype, copy=False)
-        de = self.de.reshape(self.call.arrays.e.shape)
-        return HostGradients(de, self.dc, dbias, self.kept, self.pairs)
+        de = self.de.reshape(self.call.arrays.e.shape) if self.wanted.e else None
+        dc = self.dc if self.wanted.c else None
+        return HostGradients(de, dc, dbias, self.kept, self.pairs)
 
     def groups(self, sweep: Sweep, first: int, last: int) -> list[tuple[int, int]]:
         """Cut rows into those that a product takes at a time: those with one list of columns."""
@@ -200,7 +213,7 @@ class _Backward:
         groups = self.groups(sweep, 0, len(call.rows))
         for done, passed in enumerate(self.workers.map(visit, groups)):
             # Where both sweeps filter they pass the same columns, counted in the other one.
-            self.kept += 0 if call.problem.filter_c_grad else passed
+            self.kept += passed if self.counts_rows else 0
             call.report("backward", done + 1, len(groups))
 
     def by_columns(self, sweep: Sweep) -> None:
@@ -241,7 +254,7 @@ class _Backward:
     ) -> int:
         """Complete dC of a range of columns and hand its part of dE on; return what passed."""
         call, width = self.call, columns[1] - columns[0]
-        sums = self.column_sums(sweep, columns)
+        sums = self.column_sums(sweep, columns) if self.wanted.c else None
         passed = 0
         for first, last in spans(0, len(call.rows), call.plan.row_block):
             embeddings = call.embeddings(first, last)
@@ -264,7 +277,8 @@ class _Backward:
                 self.add_columns(sums, whole, embeddings, empty=first == 0)
         if self.saved.stored_columns is not None:
             self.saved.stored_columns.clear(*columns)
-        self.finish_columns(sums)
+        if sums is not None:
+            self.finish_columns(sums)
         return passed
 
     def column_sums(self, sweep: Sweep, columns: tuple[int, int]) -> _ColumnSums:
@@ -382,11 +396,13 @@ class _Backward:
         return part
 
     def add_columns(
-        self, sums: _ColumnSums, piece: _Piece, embeddings: Array, *, empty: bool
+        self, sums: _ColumnSums | None, piece: _Piece, embeddings: Array, *, empty: bool
     ) -> None:
         """Add ``dz.T @ e`` to a range of dC, and dz to dbias."""
         if self.dbias is not None:
             self.dbias[piece.columns] += piece.dz.sum(axis=0)
+        if sums is None:
+            return
         if empty:
             np.matmul(piece.dz.T, embeddings, out=sums.total)
             return

@@ -22,19 +22,15 @@ relative to it: the rest, exp(reference - lse), is a factor that must not underf
 
 
 @dataclass(frozen=True)
-class Forward:
-    """What the forward leaves for each compact row.
+class Saved:
+    """What a backward needs of a forward.
 
     Attributes
     ----------
     lse, nll : ndarray of float64, shape (rows,)
         Log-sum-exp, and that minus the target logit.
-    smoothed_logit : ndarray of float64, shape (rows,)
-        ``sum_v smoothing[v] * z[v]``; 0 without label smoothing.
     bits : ndarray of uint8 or None
         Kept-column bits of each row tile.
-    entropy : ndarray of float64 or None
-    argmax : ndarray of int64 or None
     reference : ndarray of the dtype of the sums, shape (rows,)
         What the backward takes its exponentials relative to.
     apart : ndarray of bool, shape (rows,)
@@ -46,14 +42,28 @@ class Forward:
 
     lse: Array
     nll: Array
-    smoothed_logit: Array
     bits: Array | None
-    entropy: Array | None
-    argmax: Array | None
     reference: Array
     apart: Array
-    stored: Stored | None = None
-    stored_columns: StoredColumns | None = None
+    stored: Stored | None
+    stored_columns: StoredColumns | None
+
+
+@dataclass(frozen=True)
+class Forward(Saved):
+    """What the forward leaves for each compact row.
+
+    Attributes
+    ----------
+    smoothed_logit : ndarray of float64, shape (rows,)
+        ``sum_v smoothing[v] * z[v]``; 0 without label smoothing.
+    entropy : ndarray of float64 or None
+    argmax : ndarray of int64 or None
+    """
+
+    smoothed_logit: Array
+    entropy: Array | None
+    argmax: Array | None
 
 
 class _RowState:
@@ -278,16 +288,16 @@ class _ForwardRun(NamedTuple):
         reference = np.where(apart, lse, base).astype(dtype)
         smoothed = joined("smoothed_logit")
         return Forward(
-            lse,
-            nll,
-            smoothed,
-            self.bits,
-            entropy,
-            argmax,
-            reference,
-            apart,
-            self.stored,
-            self.stored_columns,
+            lse=lse,
+            nll=nll,
+            bits=self.bits,
+            reference=reference,
+            apart=apart,
+            stored=self.stored,
+            stored_columns=self.stored_columns,
+            smoothed_logit=smoothed,
+            entropy=entropy,
+            argmax=argmax,
         )
 
 

@@ -61,10 +61,10 @@ def _named_framework(array: Any) -> Framework | None:
     if NumpyFramework.owns(array):
         return NumpyFramework()
     if "torch" in sys.modules:
-        from .torch import TorchFramework
+        from .torch_autograd import TorchAutogradFramework
 
-        if TorchFramework.owns(array):
-            return TorchFramework()
+        if TorchAutogradFramework.owns(array):
+            return TorchAutogradFramework()
     if "jax" in sys.modules:
         from .jax import JaxFramework
 

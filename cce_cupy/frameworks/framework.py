@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..plan import Plan
-from ..problem import ArraySpec, Problem, check_upstream
+from ..plan import Plan, make_plan
+from ..problem import ArraySpec, Options, Problem, check_upstream
 from . import gpu
 from .host import Arrays, HostCall, HostGradients, Progress
 
@@ -36,6 +37,19 @@ class Evaluation:
     lse: Any
     pullback: Callable[[Any, Any], tuple[Any, Any, Any]]
     gradients: Callable[[], tuple[Any, Any, Any]]
+
+
+@functools.lru_cache(maxsize=256)
+def _check(
+    names: tuple[str, ...],
+    specs: tuple[ArraySpec, ...],
+    options: Options,
+    types: tuple[type, ...],
+) -> tuple[Problem, Plan | None]:
+    """Check and plan; kept, since the calls of a training run are alike."""
+    problem = Problem.check(dict(zip(names, specs, strict=True)), options)
+    # The plan of a GPU call depends on the device, which its framework knows.
+    return problem, make_plan(problem) if problem.device == "cpu" else None
 
 
 class Framework:
@@ -71,9 +85,6 @@ class Framework:
         """Return an array of the framework, on the device of `like`."""
         raise NotImplementedError
 
-    def refuse_autodiff(self, arrays: Mapping[str, Any]) -> None:
-        """Raise where the framework would record a call that it cannot differentiate yet."""
-
     def device_memory(self, like: Any) -> gpu.DeviceMemory:
         """Return what the kernels need of a framework on the device of `like`."""
         raise NotImplementedError
@@ -85,6 +96,23 @@ class Framework:
     def from_device(self, array: Any, like: Any) -> Any:
         """Return an array of this framework over the memory of a result."""
         return array
+
+    def check(self, arrays: Mapping[str, Any], options: Options) -> tuple[Problem, Plan | None]:
+        """Check the arguments of a call, and plan it where that needs no device."""
+        specs = tuple(self.describe(name, array) for name, array in arrays.items())
+        # Equal values of other types may be refused: True for 1.
+        types = tuple(map(type, options))
+        try:
+            return _check(tuple(arrays), specs, options, types)
+        except TypeError:
+            # An option that cannot be a key, or an argument that is refused: again, to say so.
+            return _check.__wrapped__(tuple(arrays), specs, options, types)
+
+    def loss(self, arrays: Mapping[str, Any], options: Options) -> tuple[Any, Any]:
+        """Return the loss, and lse: what autodiff may see of a call."""
+        problem, plan = self.check(arrays, options)
+        evaluation = self.evaluate(problem, plan, arrays, differentiate=False)
+        return evaluation.loss, evaluation.lse
 
     def evaluate(
         self,
@@ -116,11 +144,11 @@ class Framework:
             return returned(host.pullback(upstream, upstream_lse))
 
         def returned(gradients: HostGradients) -> tuple[Any, Any, Any]:
-            return (
-                self.from_host(gradients.e, like),
-                self.from_host(gradients.c, like),
-                None if gradients.bias is None else self.from_host(gradients.bias, like),
+            e, c, bias = (
+                None if gradient is None else self.from_host(gradient, like)
+                for gradient in (gradients.e, gradients.c, gradients.bias)
             )
+            return e, c, bias
 
         return Evaluation(
             loss=self.from_host(host.loss(), like),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from ..launcher import DeviceInputs, DeviceMatrix, Launcher
-from ..plan import ITEMSIZE, GpuDevice, GpuPlan, Room, make_gpu_plan
+from ..plan import EVERY_GRADIENT, ITEMSIZE, GpuDevice, GpuPlan, Room, Wanted, make_gpu_plan
 from ..problem import INTEGER_DTYPES, Problem
 
 _INTEGERS = {
@@ -93,12 +93,16 @@ def statistics(
 
 
 class _Space:
-    """Workspace: one allocation of the caller's framework, cut into named pieces."""
+    """Workspace: one allocation of the caller's framework, cut into named pieces.
 
-    def __init__(self, memory: DeviceMemory, room: Room) -> None:
+    `words` is one that was made for the same room before.
+    """
+
+    def __init__(self, memory: DeviceMemory, room: Room, words: Any | None = None) -> None:
         self.offsets = room.offsets
         try:
-            self.words = memory.full((max(room.bytes // 8, 1),), "int64", None)
+            if words is None:
+                words = memory.full((max(room.bytes // 8, 1),), "int64", None)
         except Exception as error:
             # Every framework has an exception of its own for this.
             if "OutOfMemory" not in type(error).__name__ and not isinstance(error, MemoryError):
@@ -107,7 +111,8 @@ class _Space:
                 f"the device has no room for {room.bytes} bytes of workspace; a smaller "
                 f"workspace_bytes needs less: {error}"
             ) from error
-        base = memory.address(self.words)
+        self.words = words
+        base = memory.address(words)
         self.addresses = {name: base + offset for name, offset in self.offsets.items()}
 
 
@@ -120,15 +125,23 @@ class GpuCall:
     problem : Problem
     arrays : mapping of str to array
         By argument name.
+    saved : array of int64, optional
+        What the forward of an equal call has left in ``saved.words``: a pullback may follow.
     """
 
-    def __init__(self, memory: DeviceMemory, problem: Problem, arrays: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        problem: Problem,
+        arrays: Mapping[str, Any],
+        saved: Any | None = None,
+    ) -> None:
         self.memory, self.problem = memory, problem
         self.held: list[Any] = []
         self.inputs = self._inputs(arrays)
         aligned = self.inputs.e.in_words and self.inputs.c.in_words
         self.plan: GpuPlan = make_gpu_plan(problem, memory.hardware(), aligned=aligned)
-        self.saved = _Space(memory, self.plan.saved)
+        self.saved = _Space(memory, self.plan.saved, saved)
 
     def run_forward(self, *, keep_columns: bool, outputs: Mapping[str, Any]) -> None:
         """Compute the outputs: arrays by the names that `Launcher.finish` gives them."""
@@ -145,9 +158,13 @@ class GpuCall:
             launcher.finish(**addresses, unbounded=saved["unbounded"])
 
     def pullback(
-        self, memory: DeviceMemory, dloss: Any | None, dlse: Any | None
+        self,
+        memory: DeviceMemory,
+        dloss: Any | None,
+        dlse: Any | None,
+        wanted: Wanted = EVERY_GRADIENT,
     ) -> tuple[Any, Any, Any]:
-        """Return the gradients for upstream gradients; dloss of None stands for ones.
+        """Return the wanted gradients for upstream gradients; dloss of None stands for ones.
 
         The stream is that of `memory`, the current one of now: the forward's may be another.
         """
@@ -161,10 +178,14 @@ class GpuCall:
             for given in (dloss, dlse)
         ]
         dloss_at, dlse_at = (0 if a is None else memory.address(a) for a in kept)
-        # Rows that no token maps to are zero; dC is written whole.
-        de = memory.full((*problem.batch_shape, problem.dim), problem.dtype, 0)
-        dc = memory.full((problem.vocab, problem.dim), problem.dtype, None)
-        dbias = memory.full((problem.vocab,), problem.dtype, None) if problem.has_bias else None
+        wanted = wanted._replace(bias=wanted.bias and problem.has_bias)
+        de = dc = dbias = None
+        if wanted.e:  # rows that no token maps to are zero
+            de = memory.full((*problem.batch_shape, problem.dim), problem.dtype, 0)
+        if wanted.c:  # written whole
+            dc = memory.full((problem.vocab, problem.dim), problem.dtype, None)
+        if wanted.bias:
+            dbias = memory.full((problem.vocab,), problem.dtype, None)
         saved = self.saved.addresses
         with self._launcher(memory, room) as launcher:
             launcher.fill_words(room.addresses["passed"], 8)
@@ -173,10 +194,11 @@ class GpuCall:
                 dlse=dlse_at,
                 bits=saved["bits"],
                 unbounded=saved["unbounded"],
-                de=memory.address(de),
-                dc=memory.address(dc),
+                de=0 if de is None else memory.address(de),
+                dc=0 if dc is None else memory.address(dc),
                 dbias=0 if dbias is None else memory.address(dbias),
                 passed=room.addresses["passed"],
+                wanted=wanted,
             )
         return de, dc, dbias
 

@@ -12,9 +12,9 @@ from ..cpu import tokens
 from ..cpu.backward import HostGradients, backward
 from ..cpu.call import Call, Progress
 from ..cpu.columns import seed_from_targets
-from ..cpu.forward import Forward, forward
+from ..cpu.forward import Forward, Saved, forward
 from ..cpu.tokens import Arrays
-from ..plan import Plan
+from ..plan import COLUMN_CHUNK, EVERY_GRADIENT, ROW_TILE, Plan, Wanted, bit_words
 from ..problem import Problem, check_target_values, check_weight_values
 
 __all__ = ["Arrays", "HostCall", "HostGradients", "Progress"]
@@ -60,7 +60,7 @@ class HostCall:
         self.call = Call(problem, plan, arrays, rows, classes, seed, progress)
         self.weights = tokens.row_weights(arrays, rows, classes)
         self.normalizer = tokens.normalizer(problem.reduction, self.weights)
-        self._forward: Forward | None = None
+        self._forward: Saved | None = None
 
     def run_forward(
         self, *, keep_columns: bool, statistics: bool = False, once: bool = False
@@ -73,8 +73,42 @@ class HostCall:
     @property
     def saved(self) -> Forward:
         """What the forward left."""
-        assert self._forward is not None
+        assert isinstance(self._forward, Forward)
         return self._forward
+
+    def pack(self) -> Array:
+        """Return what a backward needs as 64-bit words, `saved_words` of the plan in number."""
+        saved, tokens = self.saved, self.problem.tokens
+        words = np.zeros(3 * tokens + bit_words(self.problem), np.int64)
+        for values, row in zip(
+            (saved.lse, saved.nll, saved.reference), self._rows(words), strict=True
+        ):
+            row[: len(values)] = values
+        if saved.bits is not None:
+            words[3 * tokens :].view(np.uint8)[: saved.bits.size] = saved.bits.reshape(-1)
+        return words
+
+    def unpack(self, words: Array) -> None:
+        """Take up what the forward of an equal call has packed, in place of a forward."""
+        rows, tokens = len(self.call.rows), self.problem.tokens
+        bits = None
+        if self.call.plan.gradient_filter is not None:
+            shape = -(-rows // ROW_TILE), 4 * -(-self.problem.vocab // COLUMN_CHUNK)
+            bits = words[3 * tokens :].view(np.uint8)[: shape[0] * shape[1]].reshape(shape)
+        lse, nll, reference = self._rows(words)
+        self._forward = Saved(
+            lse=lse[:rows],
+            nll=nll[:rows],
+            bits=bits,
+            reference=reference[:rows].astype(self.call.dtype),
+            apart=np.zeros(rows, np.bool_),
+            stored=None,
+            stored_columns=None,
+        )
+
+    def _rows(self, words: Array) -> Array:
+        tokens = self.problem.tokens
+        return words[: 3 * tokens].view(np.float64).reshape(3, tokens)
 
     def loss(self) -> Array:
         """Return the reduced loss."""
@@ -108,23 +142,25 @@ class HostCall:
             self._at_targets(saved.argmax, np.dtype(np.int64), ignored=-1),
         )
 
-    def pullback(self, dloss: Array, dlse: Array | None) -> HostGradients:
+    def pullback(
+        self, dloss: Array, dlse: Array | None, wanted: Wanted = EVERY_GRADIENT
+    ) -> HostGradients:
         """Return the gradients for upstream gradients of the loss and of lse."""
-        at = self.call.rows.position
+        at, saved = self.call.rows.position, self._forward
+        assert saved is not None
         with np.errstate(all="ignore"):
             upstream = np.broadcast_to(dloss.astype(np.float64), self.problem.batch_shape)
             factors = tokens.row_factors(
                 self.problem,
                 self.weights,
                 self.call.classes,
-                self.saved.lse,
+                saved.lse,
                 upstream.reshape(-1)[at] * self.normalizer,
                 None if dlse is None else dlse.reshape(-1)[at].astype(np.float64),
             )
-        saved = self.saved
         # What was stored is gone afterwards: the memory becomes dC.
         self._forward = dataclasses.replace(saved, stored=None, stored_columns=None)
-        return backward(self.call, saved, factors)
+        return backward(self.call, saved, factors, wanted)
 
     def _at_targets(self, values: Array, dtype: np.dtype[Any], ignored: int = 0) -> Array:
         placed = np.full(self.problem.batch_shape, ignored, dtype)

@@ -21,7 +21,8 @@ class NumpyFramework(Framework):
     @staticmethod
     def owns(array: Any) -> bool:
         """Tell whether an object is an array of this framework."""
-        return isinstance(array, np.ndarray | np.generic)
+        # Not a union of types, which compilers of torch cannot follow.
+        return isinstance(array, (np.ndarray, np.generic))
 
     def describe(self, name: str, array: Any) -> ArraySpec:
         """Return what an argument looks like."""

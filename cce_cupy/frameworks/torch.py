@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -28,6 +27,14 @@ class TorchFramework(Framework):
 
     def describe(self, name: str, array: Any) -> ArraySpec:
         """Return what an argument looks like."""
+        if hasattr(array, "full_tensor"):
+            raise TypeError(
+                f"{name} is a DTensor ({array.placements}), and whether its gradient is a sum over "
+                f"ranks is for the caller to say: pass {name}.full_tensor() where every rank has "
+                f"the same tokens, {name}.full_tensor(grad_placements=[Partial()]) where each has "
+                f"its own and gradients are summed, or {name}.to_local(). Within the forward of a "
+                "module that fully_shard wraps, parameters are plain tensors"
+            )
         if array.layout is not torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {array.layout}")
         return ArraySpec(tuple(array.shape), _name(array.dtype), _place(array.device))
@@ -36,11 +43,12 @@ class TorchFramework(Framework):
         """Return a view of the tensor's memory."""
         plain = array.detach().resolve_neg()
         try:
+            # Not by Tensor.numpy: it forbids to resize the memory, which FSDP does to parameters.
             if plain.dtype == torch.bfloat16:
                 # NumPy has no bfloat16 of its own; the bits travel as integers.
-                return np.asarray(plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
-            return np.asarray(plain.numpy())
-        except RuntimeError as error:
+                return np.from_dlpack(plain.view(torch.int16)).view(ml_dtypes.bfloat16)
+            return np.from_dlpack(plain)
+        except (BufferError, RuntimeError) as error:
             raise TypeError(
                 "tensors must hold data of their own; this one stands for others, as within "
                 f"torch.func transformations: {error}"
@@ -55,18 +63,6 @@ class TorchFramework(Framework):
     def device_memory(self, like: Any) -> TorchMemory:
         """Return what the kernels need of torch on the device of `like`."""
         return TorchMemory(like.device)
-
-    def refuse_autodiff(self, arrays: Mapping[str, Any]) -> None:
-        """Raise for tensors that require grad: autograd would find no way back through the loss."""
-        if not torch.is_grad_enabled():
-            return
-        for name, array in arrays.items():
-            if array.requires_grad:
-                raise ValueError(
-                    f"{name} requires grad, but this version does not take part in autograd: "
-                    "use linear_cross_entropy_value_and_grad or linear_cross_entropy_vjp, "
-                    f"or pass {name}.detach()"
-                )
 
 
 @functools.cache

@@ -3,13 +3,25 @@
 Pure arithmetic: no array is touched and no GPU is needed to make or to test a plan.
 """
 
-from .gpu import GpuDevice, GpuPlan, Room, make_gpu_plan
+from ..problem import Problem
+from .gpu import GpuDevice, GpuPlan, Room, make_gpu_plan, saved_room
 from .hopper import TILE_COLUMNS, HopperForward
-from .host import Plan, make_plan
-from .shared import COLUMN_CHUNK, ITEMSIZE, LARGEST_AUTO_EPS, MARGIN, ROW_TILE, Sweep
+from .host import Plan, bit_words, make_plan
+from .shared import (
+    COLUMN_CHUNK,
+    EVERY_GRADIENT,
+    ITEMSIZE,
+    LARGEST_AUTO_EPS,
+    MARGIN,
+    ROW_TILE,
+    Sweep,
+    Wanted,
+    needed_sweeps,
+)
 
 __all__ = [
     "COLUMN_CHUNK",
+    "EVERY_GRADIENT",
     "ITEMSIZE",
     "LARGEST_AUTO_EPS",
     "MARGIN",
@@ -21,6 +33,20 @@ __all__ = [
     "Plan",
     "Room",
     "Sweep",
+    "Wanted",
+    "bit_words",
     "make_gpu_plan",
     "make_plan",
+    "needed_sweeps",
+    "saved_words",
 ]
+
+
+def saved_words(problem: Problem) -> int:
+    """Return the 64-bit words that a forward leaves for its backward; sizes may be symbolic.
+
+    On the host these are three numbers of each token, in float64, and the kept-column bits.
+    """
+    if problem.device == "cpu":
+        return 3 * problem.tokens + bit_words(problem)
+    return max(saved_room(problem).bytes // 8, 1)

@@ -143,16 +143,8 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
     segment_columns = whole(-(-vocab // segments), _DENSE_BLOCK)
     segments = max(1, -(-vocab // segment_columns))
     words = -(-vocab // COLUMN_CHUNK)
-    smooths = problem.label_smoothing > 0.0 and vocab > 1
+    smooths = _smooths(problem)
 
-    saved = {
-        **dict.fromkeys(("source", "position", "target"), 8 * rows),
-        **dict.fromkeys(("count", "seed", "first_wrong", "normalizer", "smoothing_total"), 8),
-        "row_lse": sums * rows,
-        "smoothing": sums * vocab if smooths else 0,
-        "bits": whole(4 * words * tiles, 8) if chosen.kind else 0,
-        "unbounded": 8 * -(-tiles // 2),
-    }
     per_segment = segments * rows
     forward = {
         **dict.fromkeys(("bound", "own"), sums * rows),
@@ -198,11 +190,31 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         filter_eps=chosen.eps,
         filter_reason=chosen.reason,
         sweeps=choose_sweeps(chosen, together=cut.together),
-        saved=Room(saved),
+        saved=saved_room(problem),
         forward=Room(forward),
         statistics=Room(forward | statistics),
         backward=Room(backward),
     )
+
+
+def saved_room(problem: Problem) -> Room:
+    """Return the pieces that a pullback refers to. Sizes may be symbolic, as under a compiler."""
+    rows, vocab, sums = problem.tokens, problem.vocab, ITEMSIZE[problem.accumulator]
+    tiles = -(-rows // ROW_TILE)
+    bits = 4 * -(-vocab // COLUMN_CHUNK) * tiles
+    pieces = {
+        **dict.fromkeys(("source", "position", "target"), 8 * rows),
+        **dict.fromkeys(("count", "seed", "first_wrong", "normalizer", "smoothing_total"), 8),
+        "row_lse": sums * rows,
+        "smoothing": sums * vocab if _smooths(problem) else 0,
+        "bits": whole(bits, 8) if choose_filter(problem).kind else 0,
+        "unbounded": 8 * -(-tiles // 2),
+    }
+    return Room(pieces)
+
+
+def _smooths(problem: Problem) -> bool:
+    return problem.label_smoothing > 0.0 and problem.vocab > 1
 
 
 @dataclass(frozen=True)

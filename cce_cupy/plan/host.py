@@ -161,6 +161,14 @@ def make_plan(problem: Problem) -> Plan:
     )
 
 
+def bit_words(problem: Problem) -> int:
+    """Return the 64-bit words that hold the kept-column bits of all row tiles."""
+    if choose_filter(problem).kind is None:
+        return 0
+    tiles, chunks = -(-problem.tokens // ROW_TILE), -(-problem.vocab // COLUMN_CHUNK)
+    return -(-tiles * chunks // 2)
+
+
 def _fit(size: int, low: int, high: int) -> int:
     """Return the largest power-of-two multiple of low that is at most size, within [low, high]."""
     fitted = low

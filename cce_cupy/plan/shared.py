@@ -52,6 +52,17 @@ class Sweep:
     filtered: bool
 
 
+class Wanted(NamedTuple):
+    """The gradients that a backward is asked for."""
+
+    e: bool = True
+    c: bool = True
+    bias: bool = True
+
+
+EVERY_GRADIENT = Wanted()
+
+
 class Filter(NamedTuple):
     """The filter in force: None, of eps 0.0, for none; the gradients that it filters; and why."""
 
@@ -92,6 +103,13 @@ def choose_sweeps(chosen: Filter, *, together: bool) -> tuple[Sweep, ...]:
     if together:
         return (Sweep(True, True, chosen.e),)
     return (Sweep(True, False, chosen.e), Sweep(False, True, chosen.c))
+
+
+def needed_sweeps(sweeps: tuple[Sweep, ...], wanted: Wanted) -> tuple[Sweep, ...]:
+    """Return what is left of a plan's sweeps where some gradients are not wanted."""
+    by_columns = wanted.c or wanted.bias
+    left = (Sweep(s.e and wanted.e, s.c and by_columns, s.filtered) for s in sweeps)
+    return tuple(sweep for sweep in left if sweep.e or sweep.c)
 
 
 def whole(size: int, unit: int) -> int:

@@ -2,7 +2,7 @@
 
 import torch
 
-import cce_cupy
+from cce_cupy import linear_cross_entropy
 
 torch.manual_seed(0)
 device = torch.device("cuda", torch.cuda.current_device())
@@ -19,15 +19,13 @@ start = torch.randint(0, 256, (batch, 1), device=device)
 tokens = (start + 17 * torch.arange(length, device=device)) % 256
 
 for step in range(20):
+    with torch.autocast("cuda", torch.bfloat16):
+        hidden = body(embedding(tokens))
+        # The float32 weight is cast as the head itself would cast it.
+        loss = linear_cross_entropy(hidden, head.weight, tokens, shift=1)
+    assert loss.device == device
     optimizer.zero_grad()
-    hidden = body(embedding(tokens))
-    # Tensors are plain data here: the call does not record anything for autograd.
-    loss, gradients = cce_cupy.linear_cross_entropy_value_and_grad(
-        hidden.bfloat16(), head.weight.bfloat16(), tokens, shift=1
-    )
-    assert loss.device == gradients.e.device == device
-    head.weight.grad = gradients.c.float()
-    hidden.backward(gradients.e.float())  # autograd takes over below the loss head
+    loss.backward()
     optimizer.step()
     if step % 10 == 0 or step == 19:
         print(f"step {step:2d}  loss {loss:.4f}")

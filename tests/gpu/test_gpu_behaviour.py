@@ -871,15 +871,6 @@ def test_mixed_frameworks_are_refused(name, other):
         cce_cupy.linear_cross_entropy(**arguments)
 
 
-def test_tensors_that_require_grad_are_refused():
-    each = FRAMEWORKS["torch"]
-    arguments = sent(each, problem())
-    arguments["c"].requires_grad_(True)
-    with pytest.raises(ValueError, match="c requires grad"):
-        cce_cupy.linear_cross_entropy(**arguments)
-    cce_cupy.linear_cross_entropy_value_and_grad(**arguments)
-
-
 # out of memory
 
 

@@ -1,0 +1,362 @@
+"""The loss as operators of torch: what autograd, compilers and torch.func see of it.
+
+The forward and the backward are pure functions of tensors and plain options. What one leaves for
+the other, lse and the kept-column bits, is one tensor of 64-bit words whose size the plan knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..plan import Plan, Wanted, make_plan, saved_words
+from ..problem import ArraySpec, Options, Problem, read_filter_eps
+from . import gpu
+from .framework import Evaluation
+from .host import Arrays, HostCall
+from .torch import TorchFramework, TorchMemory
+
+_TENSORS = ("e", "c", "targets", "bias", "class_weight", "token_weight")
+_TENSORS_SCHEMA = (
+    "Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? class_weight, Tensor? token_weight"
+)
+_OPTIONS_SCHEMA = (
+    "int ignore_index, float? softcap, str reduction, int shift, bool return_lse, "
+    "float? filter_eps, str? gradient_filter, SymInt? seed, float logit_scale, "
+    "float label_smoothing, float z_loss, bool filter_e_grad, bool filter_c_grad, "
+    "bool check_targets, int? workspace_bytes"
+)
+"""The fields of `Options` in their order; None for a filter_eps of "auto"."""
+
+_INTEGER_LIMIT = 2**63
+
+
+class TorchAutogradFramework(TorchFramework):
+    """Tensors, with a loss that torch differentiates, compiles and transforms."""
+
+    def loss(self, arrays: Mapping[str, Any], options: Options) -> tuple[Any, Any]:
+        """Return the loss and lse, through the operators."""
+        recorded = torch.is_grad_enabled()
+        for name in ("class_weight", "token_weight"):
+            if recorded and name in arrays and arrays[name].requires_grad:
+                raise ValueError(
+                    f"{name} requires grad, but no gradient is formed for weights: "
+                    f"pass {name}.detach()"
+                )
+        arrays = _autocast(arrays)
+        if torch.compiler.is_compiling():
+            # The operator's fake implementation complains of the rest.
+            given, function = _to_schema(options), torch.ops.cce_cupy.linear_cross_entropy
+        else:
+            # torch.func meets a Function where it is called, not within an operator.
+            given, function = _options_of(self.problem(arrays, options)), _Forward.apply
+        learned = [arrays[name] for name in ("e", "c", "bias") if name in arrays]
+        differentiate = recorded and any(tensor.requires_grad for tensor in learned)
+        tensors = [arrays.get(name) for name in _TENSORS]
+        loss, lse, _ = function(*tensors, *given, differentiate)
+        return loss, lse
+
+    # The functions that take tensors as plain data stay out of a compiler's graph: it would take
+    # NumPy code for code of the caller, to be rewritten.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def check(self, arrays: Mapping[str, Any], options: Options) -> tuple[Problem, Plan | None]:
+        """Check the arguments of a call, and plan it where that needs no device."""
+        problem = self.problem(arrays, options)
+        return problem, _planned(problem) if problem.device == "cpu" else None
+
+    def problem(self, arrays: Mapping[str, Any], options: Options) -> Problem:
+        """Check the arguments of a call, or find them checked."""
+        specs = tuple((name, self.describe(name, array)) for name, array in arrays.items())
+        given = specs, *options
+        if torch.compiler.is_compiling():
+            return _check(*given)
+        try:
+            hash(given)
+        except TypeError:
+            # Sizes that are symbolic, or an option of a kind that no cache can hold.
+            return _check(*given)
+        return _checked(*given)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def evaluate(self, *arguments: Any, **options: Any) -> Evaluation:
+        """Compute a loss, and with `differentiate` what its pullback needs."""
+        found = super().evaluate(*arguments, **options)
+        return dataclasses.replace(
+            found,
+            pullback=torch.compiler.disable(found.pullback),
+            gradients=torch.compiler.disable(found.gradients),
+        )
+
+    statistics = torch.compiler.disable(TorchFramework.statistics)
+
+
+def _check(specs: tuple[tuple[str, ArraySpec], ...], *options: Any) -> Problem:
+    problem = Problem.check(dict(specs), Options(*options))
+    if not -_INTEGER_LIMIT <= problem.ignore_index < _INTEGER_LIMIT:
+        raise ValueError(
+            "ignore_index must be an integer of 64 bits with sign for tensors of torch, "
+            f"got {problem.ignore_index}"
+        )
+    return problem
+
+
+# Typed: True equals 1, but is no softcap.
+_checked = functools.lru_cache(maxsize=256, typed=True)(_check)
+_planned = functools.lru_cache(maxsize=256)(make_plan)
+
+
+def _autocast(arrays: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Cast what torch's linear would cast where autocast is on."""
+    device = arrays["e"].device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return arrays
+    dtype = torch.get_autocast_dtype(device)
+    cast = dict(arrays)
+    for name in ("e", "c", "bias"):
+        if name in cast and cast[name].is_floating_point() and cast[name].dtype != torch.float64:
+            cast[name] = cast[name].to(dtype)
+    return cast
+
+
+def _to_schema(options: Options) -> tuple[Any, ...]:
+    """Return options that nobody has checked as the operators take them."""
+    return _options_of(options, read_filter_eps(options.filter_eps))
+
+
+def _options_of(given: Any, filter_eps: float | None = None) -> tuple[Any, ...]:
+    """Return the options of a problem as the operators take them, in the order of `Options`."""
+    seed = given.seed
+    if seed is not None and seed >= _INTEGER_LIMIT:
+        seed -= 2 * _INTEGER_LIMIT
+    return (
+        given.ignore_index,
+        given.softcap,
+        given.reduction,
+        given.shift,
+        given.return_lse,
+        given.filter_eps if isinstance(given, Problem) else filter_eps,
+        given.gradient_filter,
+        seed,
+        given.logit_scale,
+        given.label_smoothing,
+        given.z_loss,
+        given.filter_e_grad,
+        given.filter_c_grad,
+        given.check_targets,
+        given.workspace_bytes,
+    )
+
+
+class _Call:
+    """What an operator was called with, checked and planned."""
+
+    def __init__(self, arguments: Sequence[Any], *, symbolic: bool = False) -> None:
+        tensors = zip(_TENSORS, arguments, strict=False)
+        self.arrays = {name: tensor for name, tensor in tensors if tensor is not None}
+        given = Options(*arguments[len(_TENSORS) :])
+        # No size depends on the seed, and a symbol would become a constant in a check.
+        seed = None if symbolic or given.seed is None else given.seed % (2 * _INTEGER_LIMIT)
+        filter_eps = "auto" if given.filter_eps is None else given.filter_eps
+        options = given._replace(seed=seed, filter_eps=filter_eps)
+        self.framework = TorchAutogradFramework()
+        self.problem = self.framework.problem(self.arrays, options)
+        self.plan: Plan | None = None
+        if self.problem.device == "cpu" and not symbolic:
+            self.plan = _planned(self.problem)
+
+    def host(self) -> HostCall:
+        """Return the call on the arrays' memory on the host."""
+        assert self.plan is not None
+        arrays = {name: self.framework.to_host(array) for name, array in self.arrays.items()}
+        return HostCall(self.problem, self.plan, Arrays(**arrays))
+
+    def memory(self) -> TorchMemory:
+        """Return the device, on its current stream."""
+        return self.framework.device_memory(self.arrays["e"])
+
+    def empty(self, dtype: str | None = None) -> torch.Tensor:
+        """Return a tensor of no elements, for a result that was not asked for."""
+        chosen = None if dtype is None else getattr(torch, dtype)
+        return self.arrays["e"].new_empty(0, dtype=chosen)
+
+
+def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the loss, lse where it is returned, and what a backward needs where there is one."""
+    *given, differentiate = arguments
+    call = _Call(given)
+    sums, wants_lse = call.problem.accumulator, call.problem.return_lse
+    saved = None
+    if call.plan is not None:
+        host, to_tensor = call.host(), call.framework.from_host
+        host.run_forward(keep_columns=differentiate)
+        loss = to_tensor(host.loss(), None)
+        lse = to_tensor(host.lse(), None) if wants_lse else None
+        saved = to_tensor(host.pack(), None) if differentiate else None
+    else:
+        found = gpu.evaluate(call.memory(), call.problem, call.arrays, differentiate=differentiate)
+        loss, lse = found.loss, found.lse
+        saved = found.call.saved.words if differentiate else None
+    return (
+        loss,
+        call.empty(sums) if lse is None else lse,
+        call.empty("int64") if saved is None else saved,
+    )
+
+
+def _fake_forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    *given, differentiate = arguments
+    call = _Call(given, symbolic=True)
+    problem, like = call.problem, call.arrays["e"]
+    sums = getattr(torch, problem.accumulator)
+    by_token = problem.batch_shape
+    return (
+        like.new_empty(by_token if problem.reduction == "none" else (), dtype=sums),
+        like.new_empty(by_token if problem.return_lse else 0, dtype=sums),
+        like.new_empty(saved_words(problem) if differentiate else 0, dtype=torch.int64),
+    )
+
+
+def _backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of e, c and bias; without elements where they are not wanted."""
+    *given, dloss, dlse, saved, wants_e, wants_c, wants_bias = arguments
+    call, wanted = _Call(given), Wanted(wants_e, wants_c, wants_bias)
+    if call.plan is not None:
+        host, view = call.host(), call.framework.to_host
+        host.unpack(view(saved))
+        gradients: Sequence[Any] = host.pullback(
+            view(dloss), None if dlse is None else view(dlse), wanted
+        )[:3]
+        gradients = [None if g is None else call.framework.from_host(g, None) for g in gradients]
+    else:
+        memory = call.memory()
+        on_device = gpu.GpuCall(memory, call.problem, call.arrays, saved)
+        gradients = on_device.pullback(memory, dloss, dlse, wanted)
+    return tuple(call.empty() if gradient is None else gradient for gradient in gradients)
+
+
+def _fake_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    *given, _, _, _, wants_e, wants_c, wants_bias = arguments
+    e, c, bias = given[0], given[1], given[3]
+    wanted = ((e, wants_e), (c, wants_c), (bias, wants_bias and bias is not None))
+    return tuple(
+        tensor.new_empty(tensor.shape) if wants else e.new_empty(0) for tensor, wants in wanted
+    )
+
+
+class _Forward(torch.autograd.Function):
+    """The loss and lse, differentiable."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        """Call the operator itself."""
+        with torch._C._AutoDispatchBelowAutograd():
+            found: tuple[torch.Tensor, ...] = torch.ops.cce_cupy.linear_cross_entropy(*arguments)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        """Keep references to the inputs, and what the forward left."""
+        *given, ctx.differentiate = inputs
+        ctx.options = given[len(_TENSORS) :]
+        ctx.save_for_backward(*given[: len(_TENSORS)], output[2])
+        ctx.set_materialize_grads(False)
+        returns_lse = ctx.options[4]
+        ctx.mark_non_differentiable(*output[1 + returns_lse :])
+
+    @staticmethod
+    def backward(
+        ctx: Any, dloss: torch.Tensor | None, dlse: torch.Tensor | None, _: None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of the inputs that require them."""
+        if not ctx.differentiate:
+            raise RuntimeError(
+                "this call of torch.ops.cce_cupy.linear_cross_entropy was told that it would not "
+                "be differentiated: call cce_cupy.linear_cross_entropy"
+            )
+        *tensors, saved = ctx.saved_tensors
+        wanted = tuple(ctx.needs_input_grad[at] for at in (0, 1, 3))
+        e, c, bias = None, None, None
+        if dloss is None and dlse is not None:
+            dloss = dlse.new_zeros(dlse.shape if ctx.options[2] == "none" else ())
+        if dloss is not None:
+            found = _Backward.apply(*tensors, *ctx.options, dloss, dlse, saved, *wanted)
+            e, c, bias = (g if wants else None for g, wants in zip(found, wanted, strict=True))
+        return e, c, None, bias, *((None,) * (len(ctx.needs_input_grad) - 4))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Refuse."""
+        raise NotImplementedError(
+            "linear_cross_entropy has no forward-mode derivative (jvp): use grad or vjp"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        """Refuse."""
+        return _refuse_vmap(info, in_dims, *arguments)
+
+
+class _Backward(torch.autograd.Function):
+    """The gradients, which are not differentiable."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        """Call the operator itself."""
+        with torch._C._AutoDispatchBelowAutograd():
+            found: tuple[torch.Tensor, ...] = torch.ops.cce_cupy.linear_cross_entropy_backward(
+                *arguments
+            )
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Refuse."""
+        raise NotImplementedError(
+            "linear_cross_entropy has no second derivatives: its gradient is a result, not a "
+            "function that autograd differentiates. Form the logits and call "
+            "torch.nn.functional.cross_entropy where they are needed"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        """Refuse."""
+        return _refuse_vmap(info, in_dims, *arguments)
+
+
+def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    raise NotImplementedError(
+        "linear_cross_entropy has no batching rule for vmap: put the batch into the leading axes "
+        'of e and targets (with reduction="none" for a loss each), or loop over classifiers'
+    )
+
+
+# Not torch.library.custom_op: torch.func.grad refuses the autograd.Function that it makes.
+_LIBRARY = torch.library.Library("cce_cupy", "DEF")
+_RETURNS = "-> (Tensor, Tensor, Tensor)"
+for _name, _extra, _run, _fake, _function in (
+    ("linear_cross_entropy", "bool differentiate", _forward, _fake_forward, _Forward),
+    (
+        "linear_cross_entropy_backward",
+        "Tensor dloss, Tensor? dlse, Tensor saved, bool wants_e, bool wants_c, bool wants_bias",
+        _backward,
+        _fake_backward,
+        _Backward,
+    ),
+):
+    _LIBRARY.define(
+        f"{_name}({_TENSORS_SCHEMA}, {_OPTIONS_SCHEMA}, {_extra}) {_RETURNS}",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _run, _key)
+    _LIBRARY.impl(_name, _function.apply, "Autograd")
+    torch.library.register_fake(f"cce_cupy::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"cce_cupy::{_name}", _refuse_vmap, lib=_LIBRARY)
