@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from ..plan import Plan, Wanted, make_plan, saved_words
 from ..problem import ArraySpec, Options, Problem, read_filter_eps
@@ -33,6 +34,7 @@ _OPTIONS_SCHEMA = (
 """The fields of `Options` in their order; None for a filter_eps of "auto"."""
 
 _INTEGER_LIMIT = 2**63
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class TorchAutogradFramework(TorchFramework):
@@ -48,14 +50,21 @@ class TorchAutogradFramework(TorchFramework):
                     f"pass {name}.detach()"
                 )
         arrays = _autocast(arrays)
+        learned = [arrays[name] for name in ("e", "c", "bias") if name in arrays]
+        differentiate = recorded and any(tensor.requires_grad for tensor in learned)
         if torch.compiler.is_compiling():
             # The operator's fake implementation complains of the rest.
             given, function = _to_schema(options), torch.ops.cce_cupy.linear_cross_entropy
-        else:
+        elif differentiate or not _are_plain(arrays.values()):
             # torch.func meets a Function where it is called, not within an operator.
-            given, function = _options_of(self.problem(arrays, options)), _Forward.apply
-        learned = [arrays[name] for name in ("e", "c", "bias") if name in arrays]
-        differentiate = recorded and any(tensor.requires_grad for tensor in learned)
+            problem = _in_schema(self.problem(arrays, options))
+            given, function = _options_of(problem), _Forward.apply
+        else:
+            # Nothing to record: an operator would take as long again as all the rest of a call.
+            problem = self.problem(arrays, options)
+            plan = _planned(problem) if problem.device == "cpu" else None
+            found = TorchFramework.evaluate(self, problem, plan, arrays, differentiate=False)
+            return found.loss, found.lse
         tensors = [arrays.get(name) for name in _TENSORS]
         loss, lse, _ = function(*tensors, *given, differentiate)
         return loss, lse
@@ -94,11 +103,22 @@ class TorchAutogradFramework(TorchFramework):
     statistics = torch.compiler.disable(TorchFramework.statistics)
 
 
+def _are_plain(tensors: Iterable[torch.Tensor]) -> bool:
+    """Tell whether tensors stand for themselves alone: no transformation, mode or subclass."""
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(x) in _PLAIN and unpack_dual(x).tangent is None for x in tensors)
+
+
 def _check(specs: tuple[tuple[str, ArraySpec], ...], *options: Any) -> Problem:
-    problem = Problem.check(dict(specs), Options(*options))
+    return Problem.check(dict(specs), Options(*options))
+
+
+def _in_schema(problem: Problem) -> Problem:
+    """Refuse what the operators cannot take."""
     if not -_INTEGER_LIMIT <= problem.ignore_index < _INTEGER_LIMIT:
         raise ValueError(
-            "ignore_index must be an integer of 64 bits with sign for tensors of torch, "
+            "ignore_index must be an integer of 64 bits with sign for tensors that require grad, "
             f"got {problem.ignore_index}"
         )
     return problem

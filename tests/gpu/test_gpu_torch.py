@@ -26,7 +26,10 @@ def test_cell(row, column):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_opcheck(options, dtype):
     forward = torch.ops.cce_cupy.linear_cross_entropy.default
-    torch.library.opcheck(forward, (*arguments(dtype, device="cuda"), *options, *REST, True))
+    # Not its comparison of two runs bit by bit: what is saved has gaps that nobody writes.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    given = (*arguments(dtype, device="cuda"), *options, *REST, True)
+    torch.library.opcheck(forward, given, test_utils=checks)
     given = arguments(dtype, learn=False, device="cuda")
     loss, lse, saved = forward(*given, *options, *REST, True)
     backward = torch.ops.cce_cupy.linear_cross_entropy_backward.default
