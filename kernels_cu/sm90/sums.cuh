@@ -266,17 +266,20 @@ __device__ __forceinline__ void take_all(Block z, const ForwardArguments& call, 
   }
 }
 
-// Take the targets' logits out of a block: their sums go apart, so that a loss is never negative.
+// What few tiles need: take the targets' logits out of a block, since their sums go apart, so that a
+// loss is never negative; and find a reference for rows whose target has no finite logit.
 __device__ __forceinline__ void take_targets(Block z, Shared& shared, int m,
                                              const ForwardArguments& call, int row, int left,
                                              uint32* words, int lane) {
   int ahead[2];
+  bool rare = false;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int target = __float_as_int(shared.target.at(m, half));
     ahead[half] = target >= left && target < left + kTileN ? target - left : -1;
+    rare |= ahead[half] >= 0 || shared.reference.at(m, half) <= kLowest;
   }
-  if (__builtin_expect(!__any_sync(~0u, ahead[0] >= 0 || ahead[1] >= 0), 1)) return;
+  if (__builtin_expect(!__any_sync(~0u, rare), 1)) return;
   float* const to = call.target_logit + row;
 #pragma unroll
   for (int j = 0; j < kSpans; ++j)
@@ -293,6 +296,22 @@ __device__ __forceinline__ void take_targets(Block z, Shared& shared, int m,
         }
       }
     }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    // A row whose target tells nothing starts from the largest logit that it meets first: relative to
+    // that of the target nothing would be left of the others' digits.
+    float most = kMasked;
+#pragma unroll
+    for (int k = 0; k < 2 * kSpans; ++k) {
+      one_by_one(z[SumPlace::index(k / 2, half, k % 2)]);
+      most = fmaxf(most, z[SumPlace::index(k / 2, half, k % 2)]);
+    }
+    most = quad_largest(most);
+    if (shared.reference.at(m, half) <= kLowest && most > kMasked) {
+      shared.reference.at(m, half) = most * kLog2E;
+      shared.inverse.at(m, half) = 1.0f;
+    }
+  }
   if (words == nullptr) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
