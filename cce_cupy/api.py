@@ -387,6 +387,7 @@ def _prepare(arguments: dict[str, Any]) -> _Prepared:
     }
     options = Options(**{name: arguments[name] for name in arguments if name not in _ARRAYS})
     framework = select(arrays)
+    framework.check_options(options)
     specs: dict[str, ArraySpec] = {
         name: framework.describe(name, array) for name, array in arrays.items()
     }

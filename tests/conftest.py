@@ -11,6 +11,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Eight CPU devices for JAX's shard_map; read when JAX starts.
+_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{_DEVICES} {os.environ.get('XLA_FLAGS', '')}"
+
 from hypothesis import HealthCheck, settings
 
 # An example here is a whole problem: slow generation is the oracle's arrays, not a bad strategy.

@@ -59,8 +59,20 @@ HOUSE = {
     ),
     "frameworks.dlpack": Room("frameworks.framework frameworks.cupy plan problem"),
     "frameworks.torch": Room("frameworks.framework frameworks.gpu plan problem", foreign="torch"),
+    "frameworks.xla_call": Room("frameworks.xla_ffi plan problem"),
+    "frameworks.xla_host": Room(
+        "frameworks.host frameworks.xla_call frameworks.xla_ffi plan problem"
+    ),
+    "frameworks.xla_cuda": Room(
+        "frameworks.cupy frameworks.gpu frameworks.xla_call frameworks.xla_ffi compiler plan "
+        "problem"
+    ),
+    "frameworks.jax_primitives": Room(
+        "frameworks.xla_call frameworks.xla_cuda frameworks.xla_ffi frameworks.xla_host problem",
+        foreign="jax",
+    ),
     "frameworks.jax": Room(
-        "frameworks.framework frameworks.cupy frameworks.xla_ffi plan problem", foreign="jax"
+        "frameworks.framework frameworks.jax_primitives plan problem", foreign="jax"
     ),
     "frameworks": Room(
         "frameworks.framework frameworks.numpy frameworks.dlpack frameworks.cupy frameworks.torch "

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..plan import COLUMN_CHUNK, ROW_TILE, Sweep
+from ..plan import COLUMN_CHUNK, ROW_TILE, Sweep, wanted_sweeps
 from . import columns as kept
 from .call import ELEMENTWISE_ROWS, Call, spans
 from .forward import Forward
@@ -32,7 +32,12 @@ class HostGradients(NamedTuple):
     pairs: int
 
 
-def backward(call: Call, saved: Forward, factors: RowFactors) -> HostGradients:
+ALL = frozenset(("e", "c", "bias"))
+
+
+def backward(
+    call: Call, saved: Forward, factors: RowFactors, wanted: frozenset[str] = ALL
+) -> HostGradients:
     """Form the gradients from the kept columns.
 
     Parameters
@@ -41,6 +46,8 @@ def backward(call: Call, saved: Forward, factors: RowFactors) -> HostGradients:
     saved : Forward
         Of the same call, with ``keep_columns=True``.
     factors : RowFactors
+    wanted : frozenset of str
+        The gradients to form; what stands for others in the result is not meant to be read.
 
     Returns
     -------
@@ -49,7 +56,7 @@ def backward(call: Call, saved: Forward, factors: RowFactors) -> HostGradients:
     work = len(call.rows) * call.problem.vocab
     with np.errstate(all="ignore"), Workers(work, call.plan.concurrency) as workers:
         run = _Backward(call, saved, factors, workers)
-        for sweep in call.plan.sweeps:
+        for sweep in wanted_sweeps(call.plan.sweeps, wanted):
             if sweep.c:
                 run.by_columns(sweep)
             else:

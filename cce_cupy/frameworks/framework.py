@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..plan import Plan
-from ..problem import ArraySpec, Problem, check_upstream
+from ..problem import ArraySpec, Options, Problem, check_upstream
 from . import gpu
 from .host import Arrays, HostCall, HostGradients, Progress
 
@@ -62,6 +62,9 @@ class Framework:
     def describe(self, name: str, array: Any) -> ArraySpec:
         """Return what an argument looks like; TypeError when it cannot be plain data."""
         raise NotImplementedError
+
+    def check_options(self, options: Options) -> None:
+        """Raise for an option that the framework cannot take the value of."""
 
     def to_host(self, array: Any) -> Array:
         """Return a NumPy array of the same elements, a view where possible."""

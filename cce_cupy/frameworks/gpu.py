@@ -5,11 +5,12 @@ The framework of the caller allocates everything, outputs and workspace alike, o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from ..launcher import DeviceInputs, DeviceMatrix, Launcher
-from ..plan import ITEMSIZE, GpuDevice, GpuPlan, Room, lay_out, make_gpu_plan
+from ..plan import ITEMSIZE, GpuDevice, GpuPlan, Room, lay_out, make_gpu_plan, wanted_sweeps
 from ..problem import INTEGER_DTYPES, Problem
 
 
@@ -139,15 +140,23 @@ class GpuCall:
         launcher.finish(**addresses, unbounded=saved["unbounded"])
 
     def pullback(
-        self, memory: DeviceMemory, dloss: Any | None, dlse: Any | None
+        self,
+        memory: DeviceMemory,
+        dloss: Any | None,
+        dlse: Any | None,
+        wanted: frozenset[str] = frozenset(("e", "c", "bias")),
     ) -> tuple[Any, Any, Any]:
-        """Return the gradients for upstream gradients; dloss of None stands for ones.
+        """Return the wanted gradients for upstream gradients; dloss of None stands for ones.
 
         The stream is that of `memory`, the current one of now: the forward's may be another.
         """
         problem = self.problem
         room = _Space(memory, self.plan.backward)
-        launcher = self._launcher(memory, room)
+        plan = self.plan
+        sweeps = wanted_sweeps(plan.sweeps, wanted)
+        if sweeps != plan.sweeps:
+            plan = dataclasses.replace(plan, sweeps=sweeps)
+        launcher = self._launcher(memory, room, plan)
         if memory.stream != self.memory.stream:
             for array in (*self.held, self.saved.words):
                 memory.outlives(array)
@@ -156,10 +165,15 @@ class GpuCall:
             for given in (dloss, dlse)
         ]
         dloss_at, dlse_at = (0 if a is None else memory.view(a).pointer for a in kept)
-        # Rows that no token maps to are zero; dC is written whole.
-        de = memory.full((*problem.batch_shape, problem.dim), problem.dtype, 0)
-        dc = memory.full((problem.vocab, problem.dim), problem.dtype, None)
-        dbias = memory.full((problem.vocab,), problem.dtype, None) if problem.has_bias else None
+        de = dc = dbias = None
+        if "e" in wanted:
+            # Rows that no token maps to are zero; dC is written whole.
+            de = memory.full((*problem.batch_shape, problem.dim), problem.dtype, 0)
+        if wanted & {"c", "bias"}:
+            dc = memory.full((problem.vocab, problem.dim), problem.dtype, None)
+        if problem.has_bias and "bias" in wanted:
+            dbias = memory.full((problem.vocab,), problem.dtype, None)
+        de_at, dc_at, dbias_at = (0 if a is None else memory.view(a).pointer for a in (de, dc, dbias))
         saved = self.saved.addresses
         launcher.fill_words(room.addresses["passed"], 8)
         launcher.backward(
@@ -167,17 +181,17 @@ class GpuCall:
             dlse=dlse_at,
             bits=saved["bits"],
             unbounded=saved["unbounded"],
-            de=memory.view(de).pointer,
-            dc=memory.view(dc).pointer,
-            dbias=0 if dbias is None else memory.view(dbias).pointer,
+            de=de_at,
+            dc=dc_at,
+            dbias=dbias_at,
             passed=room.addresses["passed"],
         )
         return de, dc, dbias
 
-    def _launcher(self, memory: DeviceMemory, room: _Space) -> Launcher:
+    def _launcher(self, memory: DeviceMemory, room: _Space, plan: GpuPlan | None = None) -> Launcher:
         addresses = self.saved.addresses | room.addresses
         return Launcher(
-            self.problem, self.plan, self.inputs, addresses, memory.device, memory.stream
+            self.problem, plan or self.plan, self.inputs, addresses, memory.device, memory.stream
         )
 
     def _check_targets(self) -> None:

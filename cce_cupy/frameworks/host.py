@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..cpu import tokens
-from ..cpu.backward import HostGradients, backward
+from ..cpu.backward import ALL, HostGradients, backward
 from ..cpu.call import Call, Progress
-from ..cpu.columns import seed_from_targets
+from ..cpu.columns import new_bits, seed_from_targets
 from ..cpu.forward import Forward, forward
 from ..cpu.tokens import Arrays
 from ..plan import Plan
@@ -70,6 +71,25 @@ class HostCall:
             self.call, keep_columns=keep_columns, statistics=statistics, store=once
         )
 
+    def save(self, room: Array) -> None:
+        """Leave what a pullback needs of the forward in bytes, 8 for each token before the bits."""
+        lse, bits = self._rooms(room)
+        lse[...] = self.saved.lse
+        if self.saved.bits is not None:
+            bits[...] = self.saved.bits
+
+    def resume(self, room: Array) -> None:
+        """Take what `save` left, in place of a forward; only a pullback can follow."""
+        lse, bits = self._rooms(room)
+        filtered = self.call.plan.gradient_filter is not None
+        self._forward = Forward(lse, lse, lse, bits if filtered else None, None, None)
+
+    def _rooms(self, room: Array) -> tuple[Array, Array]:
+        start = 8 * self.problem.tokens
+        shape = new_bits(len(self.call.rows), self.problem.vocab).shape
+        lse = room[: 8 * len(self.call.rows)].view(np.float64)
+        return lse, room[start : start + math.prod(shape)].reshape(shape)
+
     @property
     def saved(self) -> Forward:
         """What the forward left."""
@@ -108,8 +128,10 @@ class HostCall:
             self._at_targets(saved.argmax, np.dtype(np.int64), ignored=-1),
         )
 
-    def pullback(self, dloss: Array, dlse: Array | None) -> HostGradients:
-        """Return the gradients for upstream gradients of the loss and of lse."""
+    def pullback(
+        self, dloss: Array, dlse: Array | None, wanted: frozenset[str] = ALL
+    ) -> HostGradients:
+        """Return the wanted gradients for upstream gradients of the loss and of lse."""
         at = self.call.rows.position
         with np.errstate(all="ignore"):
             upstream = np.broadcast_to(dloss.astype(np.float64), self.problem.batch_shape)
@@ -124,7 +146,7 @@ class HostCall:
         saved = self.saved
         # Stored logits are gone afterwards: what they lie in becomes dC.
         self._forward = dataclasses.replace(saved, stored=None)
-        return backward(self.call, saved, factors)
+        return backward(self.call, saved, factors, wanted)
 
     def _at_targets(self, values: Array, dtype: np.dtype[Any], ignored: int = 0) -> Array:
         placed = np.full(self.problem.batch_shape, ignored, dtype)

@@ -6,7 +6,7 @@ Pure arithmetic: no array is touched and no GPU is needed to make or to test a p
 from .gpu import GpuDevice, GpuPlan, Room, lay_out, make_gpu_plan
 from .hopper import TILE_COLUMNS, HopperForward
 from .host import Plan, make_plan
-from .shared import COLUMN_CHUNK, ITEMSIZE, LARGEST_AUTO_EPS, MARGIN, ROW_TILE, Sweep
+from .shared import COLUMN_CHUNK, ITEMSIZE, LARGEST_AUTO_EPS, MARGIN, ROW_TILE, Sweep, wanted_sweeps
 
 __all__ = [
     "COLUMN_CHUNK",
@@ -24,4 +24,5 @@ __all__ = [
     "lay_out",
     "make_gpu_plan",
     "make_plan",
+    "wanted_sweeps",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..problem import Problem
@@ -92,6 +92,13 @@ def choose_sweeps(chosen: Filter, *, together: bool) -> tuple[Sweep, ...]:
     if together:
         return (Sweep(True, True, chosen.e),)
     return (Sweep(True, False, chosen.e), Sweep(False, True, chosen.c))
+
+
+def wanted_sweeps(sweeps: tuple[Sweep, ...], wanted: frozenset[str]) -> tuple[Sweep, ...]:
+    """Leave out what forms gradients that nobody asked for: of ``"e"``, ``"c"`` and ``"bias"``."""
+    e, c = "e" in wanted, bool(wanted & {"c", "bias"})
+    asked = (replace(sweep, e=sweep.e and e, c=sweep.c and c) for sweep in sweeps)
+    return tuple(sweep for sweep in asked if sweep.e or sweep.c)
 
 
 def whole(size: int, unit: int) -> int:
