@@ -2,7 +2,7 @@
 
 Imports run one way,
 
-    __init__ -> api -> frameworks -> {launcher, cpu} -> {compiler, tensor_map, plan} -> problem
+    {__init__, distributed} -> api -> frameworks -> {launcher, cpu} -> {compiler, tensor_map, plan} -> problem
 
 and each foreign framework is imported in one place only.
 """
@@ -79,6 +79,7 @@ HOUSE = {
         "frameworks.jax"
     ),
     "api": Room("frameworks plan problem"),
+    "distributed": Room("api problem"),
     "__init__": Room("api version"),
     "commands.*": Room("__init__ api frameworks plan problem version", "rich safetensors"),
     "commands.corpus": Room(foreign="tokenizers"),
