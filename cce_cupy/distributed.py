@@ -59,6 +59,7 @@ def linear_cross_entropy(
     Parameters
     ----------
     shard : Shard
+        This shard's place, and the collectives.
     e : array, shape (..., D)
         Embeddings.
     c : array, shape (V of this shard, D)
@@ -66,11 +67,20 @@ def linear_cross_entropy(
     targets : array of integers, shape (...)
         Class indices over the whole vocabulary, or ignore_index. One that no shard holds makes
         its loss NaN.
-    bias, class_weight : array, shape (V of this shard,), optional
-        Those of its rows.
-    reduction, return_lse, label_smoothing, z_loss, token_weight
-        As for `cce_cupy.linear_cross_entropy`. Label smoothing spreads over the classes of all
-        shards; it does not go together with a softcap here.
+    bias : array, shape (V of this shard,), optional
+        Of its rows.
+    reduction : {"mean", "sum", "none"}
+        As on one device.
+    return_lse : bool
+        Also return each token's log-sum-exp.
+    label_smoothing : float
+        It spreads over the classes of all shards; not together with a softcap.
+    z_loss : float
+        As on one device.
+    class_weight : array, shape (V of this shard,), optional
+        Of its rows.
+    token_weight : array, shape of targets, optional
+        Weight of each token's whole loss.
     **options
         More of its arguments: ignore_index, softcap, shift, logit_scale, and those of the filter,
         which is applied to a shard's own probabilities.
@@ -254,9 +264,7 @@ class _Call:
             self.normalizer = xp.where(weight > 0, 1.0 / xp.where(weight > 0, weight, 1.0), 0.0)
         return xp.sum(losses) * self.normalizer, whole
 
-    def gradients(
-        self, whole: Any, pullback: Callable[[Any, Any], api.Gradients]
-    ) -> api.Gradients:
+    def gradients(self, whole: Any, pullback: Callable[[Any, Any], api.Gradients]) -> api.Gradients:
         """Return the gradients of the sum of what the loss holds."""
         xp, problem = self.xp, self.problem
         upstream = self.token_weights * self.normalizer

@@ -265,7 +265,8 @@ def _check_devices(arrays: dict[str, ArraySpec]) -> None:
             )
     if device.partition(":")[0] not in DEVICES:
         raise ValueError(
-            f"{first} is on {device}; this version computes on {_list(DEVICES)}: move the arrays there"
+            f"{first} is on {device}; this version computes on {_list(DEVICES)}: "
+            "move the arrays there"
         )
 
 

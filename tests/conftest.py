@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 _DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{_DEVICES} {os.environ.get('XLA_FLAGS', '')}"
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # An example here is a whole problem: slow generation is the oracle's arrays, not a bad strategy.
 settings.register_profile(

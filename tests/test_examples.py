@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "examples"
 GPU_EXAMPLES = sorted(FOLDER.glob("gpu_*.py"))  # run by tests/gpu/test_gpu_examples.py
 EXAMPLES = sorted(set(FOLDER.glob("*.py")) - set(GPU_EXAMPLES))
-LEARNING = ("quickstart_torch", "quickstart_jax", "gpu_torch", "gpu_jax")
+LEARNING = ("quickstart_torch", "quickstart_jax", "jax_optax", "gpu_torch", "gpu_jax")
 PAGES = "".join(path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
 README_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
 
@@ -44,7 +44,7 @@ def run(code: str, directory: Path, platform: str = "cpu") -> str:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(example: Path, tmp_path: Path) -> None:
     source = example.read_text("utf-8")
-    for module in ("torch", "jax"):
+    for module in ("torch", "jax", "optax"):
         if f"import {module}\n" in source:
             pytest.importorskip(module)
     check_printed(example, run(source, tmp_path))

@@ -2,7 +2,8 @@
 
 Imports run one way,
 
-    {__init__, distributed} -> api -> frameworks -> {launcher, cpu} -> {compiler, tensor_map, plan} -> problem
+    {__init__, distributed} -> api -> frameworks -> {launcher, cpu}
+        -> {compiler, tensor_map, plan} -> problem
 
 and each foreign framework is imported in one place only.
 """
@@ -72,7 +73,7 @@ HOUSE = {
         foreign="jax",
     ),
     "frameworks.jax": Room(
-        "frameworks.framework frameworks.jax_primitives plan problem", foreign="jax"
+        "frameworks.framework frameworks.host frameworks.jax_primitives plan problem", foreign="jax"
     ),
     "frameworks": Room(
         "frameworks.framework frameworks.numpy frameworks.dlpack frameworks.cupy frameworks.torch "

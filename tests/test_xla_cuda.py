@@ -5,6 +5,7 @@ A launcher that records stands for the kernels; NumPy's memory stands for the de
 
 import contextlib
 import ctypes
+import itertools
 import types
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_forward(device, outputs):
     assert launcher.inputs.target_bytes == 4
     pieces = plan.saved | plan.forward | (plan.statistics if "argmax" in outputs else {})
     spans = sorted((launcher.room[name], launcher.room[name] + n) for name, n in pieces.items())
-    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
     keeps = "saved" in outputs
     for name, bytes_ in pieces.items():
         if bytes_:
@@ -159,7 +160,7 @@ def test_backward(device, wanted, sweeps, lse):
     attributes = xla_call.attributes_of(asked, arrays=tuple(SPECS), wanted=wanted)
     xla_cuda.backward(call(device, arguments, results, attributes))
 
-    (launcher, step), = [(x, o) for name, x, _, o in device.launches if name == "backward"]  # fmt: skip
+    launcher, step = next((x, o) for name, x, _, o in device.launches if name == "backward")
     assert {(sweep.e, sweep.c) for sweep in launcher.plan.sweeps} == sweeps
     for name in ("e", "c", "bias"):
         there = name in wanted or (name == "c" and "bias" in wanted)

@@ -182,9 +182,8 @@ def test_through_xla():
     call = jax.ffi.ffi_call(
         "cce_cupy_test_double", [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     )
-    options = {
-        "flag": np.bool_(True), "number": np.int64(-(2**40)), "real": np.float64(0.1), "text": "a b",
-    }  # fmt: skip
+    options = {"flag": np.bool_(True), "number": np.int64(-(2**40))}
+    options |= {"real": np.float64(0.1), "text": "a b"}
     found = jax.jit(lambda *x: call(*x, **options))(*arrays)
     for x, y in zip(arrays, found, strict=True):
         np.testing.assert_array_equal(2 * x, y)

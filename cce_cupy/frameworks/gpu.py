@@ -173,7 +173,9 @@ class GpuCall:
             dc = memory.full((problem.vocab, problem.dim), problem.dtype, None)
         if problem.has_bias and "bias" in wanted:
             dbias = memory.full((problem.vocab,), problem.dtype, None)
-        de_at, dc_at, dbias_at = (0 if a is None else memory.view(a).pointer for a in (de, dc, dbias))
+        de_at, dc_at, dbias_at = (
+            0 if a is None else memory.view(a).pointer for a in (de, dc, dbias)
+        )
         saved = self.saved.addresses
         launcher.fill_words(room.addresses["passed"], 8)
         launcher.backward(
@@ -188,7 +190,9 @@ class GpuCall:
         )
         return de, dc, dbias
 
-    def _launcher(self, memory: DeviceMemory, room: _Space, plan: GpuPlan | None = None) -> Launcher:
+    def _launcher(
+        self, memory: DeviceMemory, room: _Space, plan: GpuPlan | None = None
+    ) -> Launcher:
         addresses = self.saved.addresses | room.addresses
         return Launcher(
             self.problem, plan or self.plan, self.inputs, addresses, memory.device, memory.stream

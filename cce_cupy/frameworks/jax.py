@@ -25,7 +25,8 @@ from ..problem import (
     check_weight_values,
 )
 from . import jax_primitives
-from .framework import Evaluation, Framework, Progress
+from .framework import Evaluation, Framework
+from .host import Progress
 
 _PLATFORMS = {"gpu": "cuda"}
 """JAX's names of platforms where ours differ."""

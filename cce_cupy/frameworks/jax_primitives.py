@@ -57,9 +57,7 @@ forward_p, backward_p = _primitive("forward"), _primitive("backward")
 tangent_p, refused_p = _primitive("tangent"), _primitive("refused")
 
 
-def forward(
-    problem: Problem, arrays: dict[str, Any], outputs: tuple[str, ...]
-) -> dict[str, Any]:
+def forward(problem: Problem, arrays: dict[str, Any], outputs: tuple[str, ...]) -> dict[str, Any]:
     """Return outputs by name: ``loss``, ``lse``, ``log_prob``, ``entropy``, ``argmax``, ``saved``.
 
     ``saved`` are the bytes that `backward` takes; argmax is the int64 in two int32.
@@ -134,28 +132,30 @@ def _gradient_aval(problem: Problem, like: Any, name: str) -> Any:
     return _aval(like, shapes[name], problem.dtype)
 
 
-@forward_p.def_abstract_eval
 def _forward_avals(
     *avals: Any, problem: Problem, names: tuple[str, ...], outputs: tuple[str, ...]
 ) -> list[Any]:
     return [_output_aval(problem, avals[0], name) for name in outputs]
 
 
-@backward_p.def_abstract_eval
 def _backward_avals(
     *avals: Any, problem: Problem, names: tuple[str, ...], wanted: tuple[str, ...]
 ) -> list[Any]:
     return [_gradient_aval(problem, avals[0], name) for name in wanted]
 
 
-@tangent_p.def_abstract_eval
 def _tangent_avals(*avals: Any, problem: Problem, **_: Any) -> list[Any]:
     return [_output_aval(problem, avals[0], name) for name in ("loss", "lse")]
 
 
-@refused_p.def_abstract_eval
 def _refused_avals(*_: Any, avals: tuple[Any, ...], why: str) -> list[Any]:
     return list(avals)
+
+
+forward_p.def_abstract_eval(_forward_avals)
+backward_p.def_abstract_eval(_backward_avals)
+tangent_p.def_abstract_eval(_tangent_avals)
+refused_p.def_abstract_eval(_refused_avals)
 
 
 # Eager calls are compiled once for each problem, like those of JAX's own operations.
@@ -272,9 +272,7 @@ def _forward_jvp(
     if "log_prob" in outputs:
         made["log_prob"] = -loss
     if "entropy" in outputs:
-        (made["entropy"],) = refused_p.bind(
-            *given.values(), avals=(jax.typeof(lse),), why=_ENTROPY
-        )
+        (made["entropy"],) = refused_p.bind(*given.values(), avals=(jax.typeof(lse),), why=_ENTROPY)
     results = [found[name] for name in outputs]
     changes = [
         made.get(name, ad.Zero(jax.typeof(found[name]).to_tangent_aval())) for name in outputs

@@ -19,9 +19,7 @@ from .xla_ffi import Attribute, Buffer, Call
 
 _SHAPED = ("return_lse", "check_targets")  # what the results and the caller have settled
 _DEFAULTS = {
-    field.name: field.default
-    for field in dataclasses.fields(Options)
-    if field.name not in _SHAPED
+    field.name: field.default for field in dataclasses.fields(Options) if field.name not in _SHAPED
 }
 
 

@@ -155,5 +155,3 @@ class _XlaMemory:
 
     def outlives(self, array: Any) -> None:
         """Do nothing: XLA orders the use of its memory."""
-
-

@@ -216,7 +216,7 @@ class Buffer(NamedTuple):
         if self.nbytes == 0:
             return np.empty(self.shape, dtype)
         memory = (ctypes.c_char * self.nbytes).from_address(self.pointer)
-        return np.frombuffer(memory, dtype).reshape(self.shape)
+        return np.ndarray(self.shape, dtype, memory)  # type: ignore[arg-type]
 
 
 Attribute = bool | int | float | str
@@ -293,7 +293,7 @@ def address(function: Any) -> int:
 
 
 def _describe(api: Any, metadata: Any, command_buffer: bool) -> None:
-    """Answer XLA's question about a handler: its version, XLA's own where it says so; its traits."""
+    """Answer XLA's question about a handler: its version, XLA's own if known, and its traits."""
     version = api.contents.api_version if api else _ApiVersion(0, None, *_OLDEST)
     metadata.api_version.major_version = version.major_version
     metadata.api_version.minor_version = version.minor_version
