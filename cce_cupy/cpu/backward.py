@@ -56,11 +56,13 @@ def backward(
     work = len(call.rows) * call.problem.vocab
     with np.errstate(all="ignore"), Workers(work, call.plan.concurrency) as workers:
         run = _Backward(call, saved, factors, workers)
-        for sweep in wanted_sweeps(call.plan.sweeps, wanted):
-            if sweep.c:
-                run.by_columns(sweep)
-            else:
-                run.by_rows(sweep)
+        for sweep in call.plan.sweeps:
+            for asked in wanted_sweeps((sweep,), wanted):
+                # dE alone too goes by columns where it may: there is more to do side by side.
+                if sweep.c:
+                    run.by_columns(asked)
+                else:
+                    run.by_rows(asked)
         return run.gradients()
 
 
@@ -193,7 +195,7 @@ class _Backward:
             call.report("backward", done + 1, len(groups))
 
     def by_columns(self, sweep: Sweep) -> None:
-        """Complete dC, range by range, and sum dE along with it where it is asked for."""
+        """Complete dC, range by range, and sum dE along with it; either where it is asked for."""
         call, ranges, turns = self.call, self.ranges(sweep), _Turns()
         # Where nothing is rounded the output itself is the sum.
         apart = sweep.e and self.rounds
@@ -230,7 +232,7 @@ class _Backward:
     ) -> int:
         """Complete dC of a range of columns and hand its part of dE on; return what passed."""
         call, width = self.call, columns[1] - columns[0]
-        sums = self.column_sums(sweep, columns)
+        sums = self.column_sums(sweep, columns) if sweep.c else None
         passed = 0
         for first, last in spans(0, len(call.rows), call.plan.row_block):
             embeddings = call.embeddings(first, last)
@@ -244,14 +246,15 @@ class _Backward:
                     passed += piece.number_passed
                     if sweep.e:
                         part = self.add_product(part, piece)
-                    if dense is None:
+                    if dense is None and sums is not None:
                         self.add_columns(sums, piece, embeddings[within], empty=False)
                 if sweep.e:
                     add_rows(number, rows, part)
-            if dense is not None:
+            if dense is not None and sums is not None:
                 whole = _Piece(slice(*columns), dense, dense, None)
                 self.add_columns(sums, whole, embeddings, empty=first == 0)
-        self.finish_columns(sums)
+        if sums is not None:
+            self.finish_columns(sums)
         return passed
 
     def column_sums(self, sweep: Sweep, columns: tuple[int, int]) -> _ColumnSums:

@@ -72,22 +72,23 @@ class HostCall:
         )
 
     def save(self, room: Array) -> None:
-        """Leave what a pullback needs of the forward in bytes, 8 for each token before the bits."""
+        """Leave what a pullback needs of the forward in bytes: 8 for each token, then the bits."""
         lse, bits = self._rooms(room)
         lse[...] = self.saved.lse
-        if self.saved.bits is not None:
+        if bits is not None:
             bits[...] = self.saved.bits
 
     def resume(self, room: Array) -> None:
         """Take what `save` left, in place of a forward; only a pullback can follow."""
         lse, bits = self._rooms(room)
-        filtered = self.call.plan.gradient_filter is not None
-        self._forward = Forward(lse, lse, lse, bits if filtered else None, None, None)
+        self._forward = Forward(lse, lse, lse, bits, None, None)
 
-    def _rooms(self, room: Array) -> tuple[Array, Array]:
-        start = 8 * self.problem.tokens
-        shape = new_bits(len(self.call.rows), self.problem.vocab).shape
-        lse = room[: 8 * len(self.call.rows)].view(np.float64)
+    def _rooms(self, room: Array) -> tuple[Array, Array | None]:
+        rows, start = len(self.call.rows), 8 * self.problem.tokens
+        lse = room[: 8 * rows].view(np.float64)
+        if self.call.plan.gradient_filter is None:
+            return lse, None
+        shape = new_bits(rows, self.problem.vocab).shape
         return lse, room[start : start + math.prod(shape)].reshape(shape)
 
     @property
