@@ -154,3 +154,32 @@ def test_a_target_of_no_device_is_not_a_number():
     )(*map(jnp.asarray, arrays.values()))
     assert np.isnan(losses[0, 0])
     assert np.isnan(np.asarray(losses)).sum() == 1
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_sharded_arrays_outside_shard_map(kind):
+    """They are gathered and every device computes everything; gradients go back as they came."""
+    devices = np.array(jax.devices())
+    mesh = jax.sharding.Mesh(devices, ("x",))
+    if kind == "explicit":
+        mesh = jax.make_mesh(devices.shape, ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    arrays = sample(160, False)
+    oracle = Oracle(**arrays)
+    placed = {
+        name: jax.device_put(array, jax.sharding.NamedSharding(mesh, P("x")))
+        for name, array in arrays.items()
+    }
+
+    def loss(e, c, bias):
+        return cce_cupy.linear_cross_entropy(e, c, placed["targets"], bias)
+
+    given = [placed[name] for name in ("e", "c", "bias")]
+    value, found = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*given)
+    allowed = Tolerances(oracle, "float32")
+    assert_within(value, oracle.loss, allowed.loss(), "loss")
+    bounds = allowed.gradients()
+    for name, x, y, bound in zip("ecb", found, oracle.gradients(), bounds, strict=True):
+        assert_within(x, y, bound, f"d{name}")
+    _, eager = cce_cupy.linear_cross_entropy_value_and_grad(**placed)
+    for x, y in zip(eager, found, strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()

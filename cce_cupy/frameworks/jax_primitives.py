@@ -85,13 +85,27 @@ def backward(
 
 
 def vary_alike(*values: Any) -> list[Any]:
-    """Mark values as varying over the mesh axes that any of them varies over, in shard_map."""
+    """Make the types of a call's values agree on the meshes that they live on.
+
+    In shard_map each varies over the mesh axes that any of them varies over; on a mesh of explicit
+    axes each is whole on every device.
+    """
+    values = tuple(_whole(value) for value in values)
     axes = [_varying(value) for value in values]
     union = frozenset().union(*axes)
     return [
         _vary(value, tuple(sorted(union - has))) if union - has else value
         for value, has in zip(values, axes, strict=True)
     ]
+
+
+def _whole(value: Any) -> Any:
+    typed = jax.typeof(value).sharding
+    if all(axis is None for axis in typed.spec):
+        return value
+    concrete = not isinstance(value, jax.core.Tracer)
+    mesh = value.sharding.mesh if concrete else typed.mesh
+    return jax.reshard(value, NamedSharding(mesh, PartitionSpec()))
 
 
 def _varying(value: Any) -> frozenset[str]:
