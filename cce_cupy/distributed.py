@@ -210,7 +210,7 @@ class _Call:
         # Tokens of other shards need a target too; it weighs nothing.
         self.local_targets = xp.where(counted, self.target, -100)
         options["ignore_index"] = -100
-        self.present = xp.ones_like(c[:, 0]) == 1
+        self.present = xp.sum(c[:, :0], -1) == 0
         if bias is not None:
             self.present = bias != -float("inf")
         self.sums = xp.float64 if _dtype(e) == "float64" else xp.float32
@@ -241,10 +241,12 @@ class _Call:
         ratio = xp.exp(xp.where(above > 2, 2.0, above))
         others = total(xp.where(self.owned, 0.0, ratio))
         gap = xp.where(whole - owner_lse <= 1, xp.log1p(others), whole - owner_lse)
-        nll = xp.where(owners > 0, owner_nll + gap, float("nan"))
+        nll = owner_nll + gap
 
         problem = self.problem
-        self.weight = self._weight_of_target()
+        # A target that no shard holds makes its loss NaN, and whatever it has a part in.
+        held = xp.where(self.counted & (owners == 0), float("nan"), xp.ones_like(owners))
+        self.weight = held * self._weight_of_target()
         losses = (1.0 - problem.label_smoothing) * self.weight * nll
         if problem.label_smoothing > 0.0:
             self.smoothing, self.smoothing_total = self._smoothing()

@@ -171,6 +171,21 @@ def test_a_target_of_no_shard_is_not_a_number():
     for found in on_shards([50, 40], distributed.linear_cross_entropy, **arrays, reduction="none"):
         assert np.isnan(found[0, 0])
         assert np.isfinite(found).sum() == found.size - 1
+    for _, gradients in on_shards(
+        [50, 40], distributed.linear_cross_entropy_value_and_grad, **arrays, reduction="sum"
+    ):
+        assert np.isnan(gradients.e[0, 0]).all()
+        assert np.isfinite(gradients.e).sum() == gradients.e.size - DIM
+
+
+def test_no_features():
+    """D = 0: every class has its bias alone."""
+    arrays = sample() | {"e": np.zeros((*TOKENS, 0), "f"), "c": np.zeros((VOCAB, 0), "f")}
+    expected = cce_cupy.linear_cross_entropy(**arrays, label_smoothing=0.1)
+    for found in on_shards(
+        [50, 40], distributed.linear_cross_entropy, **arrays, label_smoothing=0.1
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_nothing_to_average():

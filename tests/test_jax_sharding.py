@@ -146,12 +146,17 @@ def test_a_target_of_no_device_is_not_a_number():
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("vocab",))
     arrays = sample(16 * mesh.size, False)
     arrays["targets"][0, 0] = 16 * mesh.size
-    losses = jax.shard_map(
-        partial(lambda *a: distributed.linear_cross_entropy(shard(16), *a, reduction="none")),
+    losses_of = jax.shard_map(
+        lambda *a: distributed.linear_cross_entropy(shard(16), *a, reduction="none"),
         mesh=mesh,
         in_specs=(P(), P("vocab"), P(), P("vocab")),
         out_specs=P(),
-    )(*map(jnp.asarray, arrays.values()))
+    )
+    _, c, targets, bias = map(jnp.asarray, arrays.values())
+    losses, pull = jax.vjp(lambda e: losses_of(e, c, targets, bias), jnp.asarray(arrays["e"]))
+    (de,) = pull(jnp.ones_like(losses))
+    assert np.isnan(de[0, 0]).all()
+    assert np.isnan(np.asarray(de)).sum() == DIM
     assert np.isnan(losses[0, 0])
     assert np.isnan(np.asarray(losses)).sum() == 1
 

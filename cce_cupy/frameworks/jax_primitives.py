@@ -101,7 +101,8 @@ def vary_alike(*values: Any) -> list[Any]:
 
 def _whole(value: Any) -> Any:
     typed = jax.typeof(value).sharding
-    if all(axis is None for axis in typed.spec):
+    # Versions without `reshard` gather by themselves.
+    if all(axis is None for axis in typed.spec) or not hasattr(jax, "reshard"):
         return value
     concrete = not isinstance(value, jax.core.Tracer)
     mesh = value.sharding.mesh if concrete else typed.mesh
