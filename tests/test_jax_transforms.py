@@ -557,3 +557,30 @@ def test_persistent_compilation_cache(tmp_path):
     assert first[1] == 0
     assert again[1] >= 1
     assert first[0] == again[0]
+
+
+_ENDING = """
+import jax
+import jax.numpy as jnp
+import cce_cupy
+e, c = jnp.ones((2048, 256)), jnp.ones((32768, 256))
+targets = jnp.zeros(2048, jnp.int32)
+found = jax.jit(jax.grad(cce_cupy.linear_cross_entropy))(e, c, targets)
+jax.jit(jax.grad(lambda e: cce_cupy.linear_cross_entropy(e + 1, c, targets)))(e)
+print("the end")
+"""
+
+
+def test_a_program_may_end_while_calls_run():
+    """XLA's threads hold no lock then that Python, or XLA itself, would wait for forever."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", _ENDING],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == "the end\n"
+    assert not done.stderr

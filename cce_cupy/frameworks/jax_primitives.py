@@ -9,6 +9,8 @@ anything else is decided, which a ``custom_vjp``, batched as a whole, would not.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -25,7 +27,6 @@ from . import xla_call, xla_cuda, xla_ffi, xla_host
 
 DIFFERENTIABLE = ("e", "c", "bias")
 _BY_TOKEN = ("e", "targets", "token_weight")
-_STATISTICS = ("log_prob", "lse", "entropy", "argmax")
 
 _FORWARD_MODE = (
     "cce_cupy has no forward-mode derivatives (jax.jvp, jacfwd, hessian): use jax.grad, jax.vjp "
@@ -192,10 +193,26 @@ backward_p.def_impl(functools.partial(_run, backward_p))
 # Compiled code is a call of a handler, with the problem in its attributes.
 
 
+@functools.cache
+def _finish_at_exit() -> None:
+    """See to it that XLA ends what it has begun before Python shuts down.
+
+    Its threads, and then XLA itself, would wait for the interpreter forever.
+    """
+
+    @atexit.register
+    def finish() -> None:
+        for array in jax.live_arrays():
+            with contextlib.suppress(Exception):  # of the computation, or of a donated array
+                array.block_until_ready()
+        xla_ffi.drain()
+
+
 def _lower(
     context: Any, stage: str, operands: Any, extra: list[Any], attributes: dict[str, Any]
 ) -> list[Any]:
     """Emit a call whose results `extra` come behind those of the primitive and are dropped."""
+    _finish_at_exit()
     wide = context.replace(avals_out=[*context.avals_out, *extra])
     results = jax.ffi.ffi_lowering(f"cce_cupy_{stage}")(wide, *operands, **attributes)
     return list(results)[: len(context.avals_out)]

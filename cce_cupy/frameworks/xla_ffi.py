@@ -9,6 +9,8 @@ that all versions have are declared.
 from __future__ import annotations
 
 import ctypes
+import threading
+import time
 from collections.abc import Callable
 from ctypes import (
     CFUNCTYPE,
@@ -267,6 +269,10 @@ def handler(function: Callable[[Call], None], *, command_buffer: bool) -> Any:
     """
 
     def callback(pointer: Any) -> int | None:
+        with _ACTIVITY:
+            return answer(pointer)
+
+    def answer(pointer: Any) -> int | None:
         frame = pointer.contents
         try:
             if frame.extension_start:
@@ -283,6 +289,40 @@ def handler(function: Callable[[Call], None], *, command_buffer: bool) -> Any:
         return None
 
     return _HANDLER(callback)
+
+
+class _Activity:
+    """How many handlers are running."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = self._begun = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._running += 1
+            self._begun += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+
+    def drain(self, quiet: float) -> None:
+        begun = -1
+        while begun != self._begun:
+            begun = self._begun
+            with self._changed:
+                self._changed.wait_for(lambda: not self._running)
+            time.sleep(quiet)
+
+
+_ACTIVITY = _Activity()
+
+
+def drain(quiet: float = 0.05) -> None:
+    """Wait until no handler is running, and none has been called for some seconds."""
+    _ACTIVITY.drain(quiet)
 
 
 def address(function: Any) -> int:
