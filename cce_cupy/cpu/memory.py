@@ -86,8 +86,10 @@ class Workers:
 
 
 def _new_pool(threads: int) -> ThreadPoolExecutor | None:
-    """Return worker threads, None where there can be none: an interpreter that is shutting down
-    starts no more, and other threads may call it until it is gone."""
+    """Return worker threads, None where there can be none.
+
+    An interpreter that is shutting down starts no more, and XLA's threads may still call it.
+    """
     pool = ThreadPoolExecutor(threads)
     try:
         pool.submit(int)
