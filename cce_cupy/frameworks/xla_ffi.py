@@ -309,19 +309,24 @@ class _Activity:
             self._changed.notify_all()
 
     def drain(self, quiet: float) -> None:
-        begun = -1
-        while begun != self._begun:
-            begun = self._begun
+        begun, busy = -1, True
+        while begun != self._begun or busy:
             with self._changed:
                 self._changed.wait_for(lambda: not self._running)
+            begun, used = self._begun, time.process_time()
             time.sleep(quiet)
+            # What comes before a call of ours in its program may still be computed.
+            busy = time.process_time() - used > 0.1 * quiet
 
 
 _ACTIVITY = _Activity()
 
 
-def drain(quiet: float = 0.05) -> None:
-    """Wait until no handler is running, and none has been called for some seconds."""
+def drain(quiet: float = 0.25) -> None:
+    """Wait until no handler is running, and for so many seconds none was called and all was idle.
+
+    XLA cannot be asked whether more calls will come.
+    """
     _ACTIVITY.drain(quiet)
 
 
