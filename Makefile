@@ -2,16 +2,21 @@
 
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest-jax
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint docs kernels bench gpu-test sanitize clean
+.PHONY: demo test test-oldest-jax lint docs kernels bench gpu-test sanitize clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/python -m cce_cupy demo
 
 test: $(VENV)/test.done
 	$(BIN)/python -m pytest -n 2 -m "not gpu" $(PYTEST_ARGS)
+
+# JAX's tests with the oldest version that is supported.
+test-oldest-jax: $(OLDEST)/done
+	$(OLDEST)/bin/python -m pytest -n 2 -m "not gpu" tests/test_jax*.py tests/test_xla*.py
 
 lint: $(VENV)/lint.done $(VENV)/test.done
 	$(BIN)/ruff format --check .
@@ -48,5 +53,10 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
 
+$(OLDEST)/done: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[oldest-jax]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build docs/_build docs/generated *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build docs/_build docs/generated *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -419,4 +419,6 @@ def _sort(arguments: dict[str, Any]) -> tuple[Framework, dict[str, Any], Options
         if name in required or arguments.get(name) is not None
     }
     options = Options(**{name: arguments[name] for name in arguments if name not in _ARRAYS})
-    return select(arrays), arrays, options
+    framework = select(arrays)
+    framework.check_options(options)
+    return framework, arrays, options

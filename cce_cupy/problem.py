@@ -21,6 +21,8 @@ INTEGER_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"
 REDUCTIONS = ("mean", "sum", "none")
 GRADIENT_FILTERS = ("unbiased", "threshold")
 DEVICES = ("cpu", "cuda")
+UNPLACED = "unplaced"
+"""The device of arrays that are traced: a compiler will choose it."""
 
 
 class ArraySpec(NamedTuple):
@@ -32,7 +34,7 @@ class ArraySpec(NamedTuple):
     dtype : str
         The dtype's common name, such as ``"bfloat16"``.
     device : str
-        ``"cpu"``, ``"cuda:0"``, ...
+        ``"cpu"``, ``"cuda:0"``, ... or `UNPLACED`.
     """
 
     shape: tuple[int, ...]
@@ -224,7 +226,7 @@ def check_upstream(name: str, given: ArraySpec, shape: tuple[int, ...], device: 
         raise TypeError(f"{name} must have a dtype of {_list(FLOAT_DTYPES)}, got {given.dtype}")
     if given.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {given.shape}")
-    if given.device != device:
+    if given.device != device and UNPLACED not in (given.device, device):
         raise ValueError(f"{name} must be on {device} like e, got {given.device}")
 
 
@@ -268,15 +270,19 @@ def _check_dtypes(arrays: dict[str, ArraySpec]) -> None:
 
 
 def _check_devices(arrays: dict[str, ArraySpec]) -> None:
-    device = arrays["e"].device
-    for name, spec in arrays.items():
-        if spec.device != device:
+    placed = {name: spec.device for name, spec in arrays.items() if spec.device != UNPLACED}
+    if not placed:
+        return
+    first, device = next(iter(placed.items()))
+    for name, other in placed.items():
+        if other != device:
             raise ValueError(
-                f"all arrays must be on one device: e is on {device}, {name} on {spec.device}"
+                f"all arrays must be on one device: {first} is on {device}, {name} on {other}"
             )
     if device.partition(":")[0] not in DEVICES:
         raise ValueError(
-            f"e is on {device}; this version computes on {_list(DEVICES)}: move the arrays there"
+            f"{first} is on {device}; this version computes on {_list(DEVICES)}: "
+            "move the arrays there"
         )
 
 

@@ -11,7 +11,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from hypothesis import HealthCheck, settings
+# Eight CPU devices for JAX's shard_map; read when JAX starts.
+_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{_DEVICES} {os.environ.get('XLA_FLAGS', '')}"
+
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # An example here is a whole problem: slow generation is the oracle's arrays, not a bad strategy.
 settings.register_profile(

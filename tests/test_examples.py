@@ -22,6 +22,7 @@ LEARNING = (
     "torch_compile",
     "torch_transformers",
     "quickstart_jax",
+    "jax_optax",
     "gpu_torch",
     "gpu_jax",
 )
@@ -51,7 +52,7 @@ def run(code: str, directory: Path, platform: str = "cpu") -> str:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(example: Path, tmp_path: Path) -> None:
     source = example.read_text("utf-8")
-    for module in ("torch", "transformers", "jax"):
+    for module in ("torch", "transformers", "jax", "optax"):
         if f"import {module}\n" in source:
             pytest.importorskip(module)
     check_printed(example, run(source, tmp_path))

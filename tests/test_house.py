@@ -2,7 +2,8 @@
 
 Imports run one way,
 
-    __init__ -> api -> frameworks -> {launcher, cpu} -> {compiler, tensor_map, plan} -> problem
+    {__init__, distributed} -> api -> frameworks -> {launcher, cpu}
+        -> {compiler, tensor_map, plan} -> problem
 
 and each foreign framework is imported in one place only.
 """
@@ -65,14 +66,27 @@ HOUSE = {
         "frameworks.torch frameworks.framework frameworks.gpu frameworks.host plan problem",
         foreign="torch",
     ),
+    "frameworks.xla_call": Room("frameworks.xla_ffi plan problem"),
+    "frameworks.xla_host": Room(
+        "frameworks.host frameworks.xla_call frameworks.xla_ffi plan problem"
+    ),
+    "frameworks.xla_cuda": Room(
+        "frameworks.cupy frameworks.gpu frameworks.xla_call frameworks.xla_ffi compiler plan "
+        "problem"
+    ),
+    "frameworks.jax_primitives": Room(
+        "frameworks.xla_call frameworks.xla_cuda frameworks.xla_ffi frameworks.xla_host problem",
+        foreign="jax",
+    ),
     "frameworks.jax": Room(
-        "frameworks.framework frameworks.cupy frameworks.xla_ffi plan problem", foreign="jax"
+        "frameworks.framework frameworks.host frameworks.jax_primitives plan problem", foreign="jax"
     ),
     "frameworks": Room(
         "frameworks.framework frameworks.numpy frameworks.dlpack frameworks.cupy "
         "frameworks.torch_autograd frameworks.jax"
     ),
     "api": Room("frameworks plan problem"),
+    "distributed": Room("api problem"),
     "__init__": Room("api version"),
     "torch": Room("api frameworks.torch_autograd problem", foreign="torch"),
     "transformers": Room("api", foreign="torch transformers peft"),

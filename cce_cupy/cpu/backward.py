@@ -217,7 +217,7 @@ class _Backward:
             call.report("backward", done + 1, len(groups))
 
     def by_columns(self, sweep: Sweep) -> None:
-        """Complete dC, range by range, and sum dE along with it where it is asked for."""
+        """Complete dC, range by range, and sum dE along with it; either where it is asked for."""
         call, ranges, turns = self.call, self.ranges(sweep), _Turns()
         # Where nothing is rounded the output itself is the sum.
         apart = sweep.e and self.rounds

@@ -70,7 +70,7 @@ class Workers:
         if self._work >= _SMALLEST_SHARED_WORK:
             self.threads = min(_BLAS.enter(), self._most)
             if self.threads > 1:
-                self._pool = ThreadPoolExecutor(self.threads)
+                self._pool = _new_pool(self.threads)
         return self
 
     def __exit__(
@@ -83,6 +83,19 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
         if self._work >= _SMALLEST_SHARED_WORK:
             _BLAS.leave()
+
+
+def _new_pool(threads: int) -> ThreadPoolExecutor | None:
+    """Return worker threads, None where there can be none.
+
+    An interpreter that is shutting down starts no more, and XLA's threads may still call it.
+    """
+    pool = ThreadPoolExecutor(threads)
+    try:
+        pool.submit(int)
+    except RuntimeError:
+        return None
+    return pool
 
 
 class _SingleThreadedBlas:

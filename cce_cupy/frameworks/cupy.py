@@ -81,7 +81,7 @@ class CupyMemory:
 
     def hardware(self) -> GpuDevice:
         """Return what the device is."""
-        return _hardware(self.device)
+        return hardware_of(self.device)
 
     def read_integer(self, array: Any, index: int) -> int:
         """Return one element, waiting for it."""
@@ -96,7 +96,8 @@ class CupyMemory:
 
 
 @functools.cache
-def _hardware(device: int) -> GpuDevice:
+def hardware_of(device: int) -> GpuDevice:
+    """Return what a device is."""
     # Each look at the properties asks the driver for all of them.
     found = import_cupy().cuda.runtime.getDeviceProperties(device)
     return GpuDevice(found["multiProcessorCount"], (found["major"], found["minor"]))

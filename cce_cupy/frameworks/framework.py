@@ -77,6 +77,9 @@ class Framework:
         """Return what an argument looks like; TypeError when it cannot be plain data."""
         raise NotImplementedError
 
+    def check_options(self, options: Options) -> None:
+        """Raise for an option that the framework cannot take the value of."""
+
     def to_host(self, array: Any) -> Array:
         """Return a NumPy array of the same elements, a view where possible."""
         raise NotImplementedError

@@ -1,25 +1,41 @@
-"""Concrete JAX arrays on the CPU and on GPUs, as plain data."""
+"""JAX arrays, concrete or traced by its transformations, on the CPU and on GPUs.
+
+All calls take one road, eager ones too: primitives of `jax_primitives`, which XLA compiles to
+calls of the NumPy backend or of the kernels.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ..problem import ArraySpec
-from .cupy import CupyMemory, from_dlpack
-from .framework import Array, Framework
+from ..plan import Plan
+from ..problem import (
+    UNPLACED,
+    ArraySpec,
+    Options,
+    Problem,
+    check_target_values,
+    check_upstream,
+    check_weight_values,
+)
+from . import jax_primitives
+from .framework import Evaluation, Framework
+from .host import Progress
 
 _PLATFORMS = {"gpu": "cuda"}
 """JAX's names of platforms where ours differ."""
 
 
 class JaxFramework(Framework):
-    """Concrete arrays; traced ones are refused."""
+    """JAX's arrays and tracers."""
 
     name = "JAX"
-    waits_on_device = True
 
     @staticmethod
     def owns(array: Any) -> bool:
@@ -29,42 +45,117 @@ class JaxFramework(Framework):
     def describe(self, name: str, array: Any) -> ArraySpec:
         """Return what an argument looks like."""
         if isinstance(array, jax.core.Tracer):
-            raise TypeError(
-                f"{name} is traced by jit, grad, vmap or another transformation, which this "
-                "version does not take part in: call it on concrete arrays, and use "
-                "linear_cross_entropy_value_and_grad for gradients"
-            )
+            return ArraySpec(tuple(array.shape), array.dtype.name, UNPLACED)
         places = sorted(_place(device) for device in array.devices())
         if len(places) > 1 and places[0] != "cpu":
             raise ValueError(
-                f"{name} is spread over {', '.join(places)}: arrays on one GPU are accepted"
+                f"{name} is spread over {', '.join(places)}: arrays on one GPU are accepted; "
+                "jax.shard_map lets each GPU work on its part"
             )
         return ArraySpec(tuple(array.shape), array.dtype.name, places[0])
 
-    def to_host(self, array: Any) -> Array:
-        """Return a read-only view of the array's memory."""
-        return np.asarray(array)
+    def check_options(self, options: Options) -> None:
+        """Raise for options that are traced: they decide what is compiled."""
+        for name, value in options._asdict().items():
+            if isinstance(value, jax.core.Tracer):
+                raise TypeError(
+                    f"{name} is traced, but options decide what is compiled: pass a Python value, "
+                    f"for an argument of a jitted function by static_argnames={name!r}"
+                )
 
-    def from_host(self, array: Array, like: Any) -> Any:
-        """Return an array on the device of `like`."""
-        # Without x64 JAX has no 64-bit integers.
-        canonical = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
-        devices = like.devices()
-        return jax.device_put(canonical, next(iter(devices)) if len(devices) == 1 else None)
+    def evaluate(
+        self,
+        problem: Problem,
+        plan: Plan | None,
+        arrays: Mapping[str, Any],
+        *,
+        differentiate: bool,
+        once: bool = False,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Compute a loss, and with `differentiate` what its pullback needs."""
+        problem, given = _prepare(problem, arrays)
+        outputs = ["loss"]
+        if problem.return_lse:
+            outputs.append("lse")
+        if differentiate:
+            outputs.append("saved")
+        found = jax_primitives.forward(problem, given, tuple(outputs))
+        wanted = tuple(name for name in jax_primitives.DIFFERENTIABLE if name in given)
+        shape = found["loss"].shape
 
-    def device_memory(self, like: Any) -> CupyMemory:
-        """Return CuPy's view of the device: it allocates, and the results are handed on."""
-        (device,) = like.devices()
-        return CupyMemory(device.local_hardware_id)
+        def pulled_back(*upstream: Any) -> tuple[Any, Any, Any]:
+            gradients = jax_primitives.backward(problem, given, found["saved"], upstream, wanted)
+            named = dict(zip(wanted, gradients, strict=True))
+            return named["e"], named["c"], named.get("bias")
 
-    def device_view(self, array: Any) -> Any:
-        """Return a CuPy array over the same memory."""
-        return from_dlpack(array)
+        def checked(name: str, value: Any, shape: tuple[int, ...]) -> Any:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (is_number and shape == ()):
+                self._check_taken(name, value, shape)
+                spec = self.describe(name, value)
+                check_upstream(name, spec, shape, self.describe("e", arrays["e"]).device)
+            return jnp.asarray(value, problem.accumulator)
 
-    def from_device(self, array: Any, like: Any) -> Any:
-        """Return a JAX array over the same memory."""
-        canonical = jax.dtypes.canonicalize_dtype(array.dtype)
-        return jax.dlpack.from_dlpack(array.astype(canonical, copy=False))
+        def pullback(dloss: Any, dlse: Any) -> tuple[Any, Any, Any]:
+            upstream = [checked("dloss", dloss, shape)]
+            if dlse is not None:
+                upstream.append(checked("dlse", dlse, problem.batch_shape))
+            return pulled_back(*upstream)
+
+        return Evaluation(
+            loss=found["loss"],
+            lse=found.get("lse"),
+            pullback=pullback,
+            gradients=lambda: pulled_back(jnp.ones(shape, problem.accumulator)),
+        )
+
+    def statistics(
+        self, problem: Problem, plan: Plan | None, arrays: Mapping[str, Any]
+    ) -> tuple[Any, Any, Any, Any]:
+        """Return log_prob, lse, entropy and argmax of each token."""
+        problem, given = _prepare(dataclasses.replace(problem, reduction="none"), arrays)
+        names = ("log_prob", "lse", "entropy", "argmax")
+        found = jax_primitives.forward(problem, given, names)
+        words = found["argmax"]
+        argmax = words[..., 0]
+        if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
+            argmax = jax.lax.bitcast_convert_type(words, np.int64)
+        return found["log_prob"], found["lse"], found["entropy"], argmax
+
+
+def _prepare(problem: Problem, arrays: Mapping[str, Any]) -> tuple[Problem, dict[str, Any]]:
+    """Check the values that are there, and convert weights to the dtype of the sums.
+
+    A program does not depend on the device that its arrays happened to be on.
+    """
+    checked = _check_values(problem, arrays)
+    given = {
+        name: array.astype(problem.accumulator) if name.endswith("_weight") else array
+        for name, array in arrays.items()
+    }
+    check_targets = problem.check_targets and not checked
+    return dataclasses.replace(problem, device=UNPLACED, check_targets=check_targets), given
+
+
+def _check_values(problem: Problem, arrays: Mapping[str, Any]) -> bool:
+    """Raise for wrong values of concrete arrays, where the host can see them without waiting.
+
+    Return whether targets were checked.
+    """
+    checked = False
+    for name in ("targets", "class_weight", "token_weight"):
+        array = arrays.get(name)
+        if array is None or isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
+            continue
+        on_host = all(device.platform == "cpu" for device in array.devices())
+        if name != "targets":
+            if on_host:
+                check_weight_values(name, np.asarray(array))
+        elif on_host or problem.check_targets:
+            check_target_values(np.asarray(array), problem.vocab, problem.ignore_index)
+            checked = True
+    return checked
 
 
 def _place(device: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,6 +59,11 @@ class Wanted(NamedTuple):
     e: bool = True
     c: bool = True
     bias: bool = True
+
+    @classmethod
+    def of(cls, names: Collection[str]) -> Wanted:
+        """Return those of the named arguments."""
+        return cls(*(name in names for name in cls._fields))
 
 
 EVERY_GRADIENT = Wanted()

@@ -269,14 +269,3 @@ def test_jax_without_64_bit_numbers():
     np.testing.assert_array_equal(np.asarray(statistics.argmax), wide.argmax)
     assert np.asarray(statistics.lse).tobytes() == wide.lse.tobytes()
     assert next(iter(statistics.lse.devices())).platform == "gpu"
-
-
-def test_jax_tracers_are_refused():
-    jax = Jax().module
-    case = problem(shape=(10,))
-    arguments = {
-        "c": jax.numpy.asarray(case.c),
-        "targets": jax.numpy.asarray(case.targets.astype(np.int32)),
-    }
-    with pytest.raises(TypeError, match="e is traced"):
-        jax.jit(lambda e: cce_cupy.linear_cross_entropy(e, **arguments))(case.e)
