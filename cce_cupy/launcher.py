@@ -41,13 +41,13 @@ _SEGMENT_FIELDS = (
 )  # fmt: skip
 _UNIT_FIELDS = ("reference", "rest", "smoothed", "weighted", "best", "argmax")
 _MERGE_ROWS, _MERGERS = 32, 16
-"""Rows of a block of finish_rows of kernels_cu/sm90/forward.cu, and kMergers there."""
+"""Rows of a block of finish_rows of kernels_cu/sm90/rows.cu, and kMergers there."""
 
 _DEPTH = 64
 """kTileK of kernels_cu/sm90/tile.cuh."""
 
 _FORWARD_THREADS = 384
-"""kThreads of kernels_cu/sm90/forward.cu."""
+"""kThreads of kernels_cu/sm90/forward.cuh."""
 
 _SLACK = math.exp(-MARGIN)
 
@@ -243,15 +243,17 @@ class Launcher:
         problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
         own, bound, target_logit = room["own"], room["bound"], room["target_logit"]
         self.launch(
-            "sm90/forward", "target_logits", (-(-plan.capacity * 32 // _THREADS), 1), (_THREADS, 1),
+            "sm90/rows", "target_logits", (-(-plan.capacity * 32 // _THREADS), 1), (_THREADS, 1),
             *self.e, *self.c, inputs.bias, problem.dim, *self.logit_options, *self.map, own, bound,
             target_logit, bits, plan.saved["bits"] // 4 if bits else 0,
         )  # fmt: skip
-        name = "forward_statistics" if statistics else cut.kernel
-        if not statistics and (
+        file, name = "forward", cut.kernel
+        if statistics:
+            file, name = "options", "forward_statistics"
+        elif (
             plan.smooths or inputs.bias or problem.logit_scale != 1.0 or problem.softcap is not None
         ):
-            name = "forward_options"
+            file, name = "options", "forward_options"
         cluster = 1 if name == "forward_single" else 2
         # Pairs need an even number of blocks.
         blocks = -(-cut.blocks // cluster) * cluster
@@ -260,7 +262,7 @@ class Launcher:
         shape, box = (problem.vocab, problem.dim), (TILE_COLUMNS // cluster, _DEPTH)
         c_map = tensor_map(inputs.c.pointer, shape, inputs.c.stride, problem.dtype, box)
         self.launch(
-            "sm90/forward", name, (blocks, 1), (_FORWARD_THREADS, 1), e_map, c_map,
+            f"sm90/{file}", name, (blocks, 1), (_FORWARD_THREADS, 1), e_map, c_map,
             *self.e, *self.map, inputs.bias, room["smoothing"] if plan.smooths else 0, problem.dim,
             problem.vocab, *self.logit_options, *self.filter(), cut.unit_tiles, cut.group,
             own, bound, target_logit, *self._unit_sums(statistics), plan.capacity, bits, plan.words,
@@ -292,7 +294,7 @@ class Launcher:
         # One block at least: it places the loss of no rows.
         if plan.hopper is not None:
             self.launch(
-                "sm90/forward", "finish_rows", (max(-(-plan.capacity // _MERGE_ROWS), 1), 1),
+                "sm90/rows", "finish_rows", (max(-(-plan.capacity // _MERGE_ROWS), 1), 1),
                 (_MERGE_ROWS, _MERGERS), *self.map, *self._unit_sums(statistics),
                 plan.hopper.parts, plan.capacity, room["target_logit"], *outputs,
             )  # fmt: skip

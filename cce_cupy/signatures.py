@@ -75,17 +75,17 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
         "weighted_rows": (MATRIX, INT64, INT64, ROW_MAP, POINTER, POINTER),
         "sum_rows": (ROW_MAP, POINTER, POINTER),
     },
-    "sm90/forward.cu": {
+    "sm90/rows.cu": {
         "target_logits": (
             MATRIX, MATRIX, POINTER, INT64, LOGIT_OPTIONS, ROW_MAP, *[POINTER] * 4, INT64
         ),
-        "forward_pairs": _HOPPER_FORWARD,
-        "forward_single": _HOPPER_FORWARD,
-        "forward_options": _HOPPER_FORWARD,
-        "forward_statistics": _HOPPER_FORWARD,
         "finish_rows": (
             ROW_MAP, UNIT_SUMS, INT64, INT64, POINTER, LOSS_OPTIONS, WEIGHTS, ROW_OUTPUTS, LOSS_SUM
         ),
+    },
+    "sm90/forward.cu": {"forward_pairs": _HOPPER_FORWARD, "forward_single": _HOPPER_FORWARD},
+    "sm90/options.cu": {
+        "forward_options": _HOPPER_FORWARD, "forward_statistics": _HOPPER_FORWARD
     },
 }  # fmt: skip
 

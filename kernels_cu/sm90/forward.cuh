@@ -1,0 +1,342 @@
+// The forward on Hopper: every logit once, at the speed of the bare product. One warp group copies
+// tiles of e and c into a ring of stages; two take turns at whole tiles of logits, so that one sums
+// up while the other multiplies. Leaves partial sums of units, which rows.cu merges.
+#pragma once
+
+#include "sums.cuh"
+
+namespace cce {
+
+constexpr int kThreads = kGroupThreads * (1 + kConsumers);
+constexpr int kCopyRegisters = 40;
+constexpr int kSumRegisters = 232;
+constexpr int kTurn = 1;  // the first of the named barriers by which the consumers take turns
+constexpr int kCopiers = 3;  // and that of the copying warp group
+
+// Bounds are shared at every tile whose products take longer than that, and at every fourth of a warp
+// group's otherwise.
+constexpr int kLongTile = 24;
+constexpr int kShareEvery = 4;
+
+// The order of work: units of one row block and some column tiles. Row blocks of a group go first,
+// so that their rows of e and the unit's columns of c stay in the L2.
+struct Order {
+  int row_blocks;
+  int column_tiles;
+  int unit_tiles;
+  int group;
+
+  __device__ __forceinline__ int across() const {
+    return (column_tiles + unit_tiles - 1) / unit_tiles;
+  }
+};
+
+struct Unit {
+  int row_block;
+  int across;
+  int first;  // column tiles
+  int last;
+
+  __device__ __forceinline__ Unit(const Order& order, int number) {
+    const int each = order.group * order.across();
+    const int group = number / each, rest = number - group * each;
+    const int rows = min(order.row_blocks - group * order.group, order.group);
+    across = rest / rows;
+    row_block = group * order.group + (rest - across * rows);
+    first = across * order.unit_tiles;
+    last = min(first + order.unit_tiles, order.column_tiles);
+  }
+};
+
+// The rows of a row tile: where they start, how many there are, and whether those of e follow each
+// other, which one copy needs.
+struct TileRows {
+  int top;
+  int number;
+  int source;
+  bool follow;
+
+  __device__ __forceinline__ TileRows(const RowMap& map, int count, int tile) {
+    top = tile * kTileM;
+    number = max(min(count - top, kTileM), 0);
+    source = number > 0 ? static_cast<int>(map.source[top]) : 0;
+    follow = number == 0 || map.source[top + number - 1] - source == number - 1;
+  }
+};
+
+// Hand a stage back to those who fill it, in every block of the cluster.
+template <int kCluster>
+__device__ __forceinline__ void release(const uint64& empty) {
+  const uint32 barrier = shared_address(&empty);
+  const int thread = threadIdx.x % kGroupThreads;
+  if (kCluster == 1) {
+    if (thread == 0) mbarrier_arrive(barrier, 1);
+  } else if (thread < kCluster) {
+    mbarrier_arrive_mapped(map_to_block(barrier, thread));
+  }
+}
+
+// Fill stages, unit by unit. Boxes of c, and of e where its rows follow each other, are asked for by
+// one thread; around ignored tokens all threads copy e word by word, and warps take turns at asking.
+template <int kCluster>
+__device__ __forceinline__ void copy_tiles(Shared& shared, const TensorMap& e_map,
+                                           const TensorMap& c_map,
+                                           const ForwardArguments& call, int count,
+                                           const Order& order, uint32 rank) {
+  constexpr int kShare = kTileN / kCluster;  // a block's share of the columns it copies for all
+  constexpr int kWordBytes = 16, kWordElements = kWordBytes / sizeof(Storage);
+  constexpr int kWordsOfRow = kTileK / kWordElements;
+  constexpr int kRowStep = kGroupThreads / kWordsOfRow;
+  constexpr int kRowsOfThread = kTileM / kRowStep;
+  constexpr int kWarps = kGroupThreads / 32;
+  static_assert(kRowStep % 8 == 0, "a thread's rows have one swizzle");
+  const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
+  const int steps = (dim + kTileK - 1) / kTileK;
+  const int units = order.row_blocks * order.across();
+  const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
+  const uint32 place_in_stage = (first * kWordsOfRow + (word ^ first % 8)) * kWordBytes;
+  RingPlace<kStages> place;
+  if (thread == 0) {
+    prefetch_map(e_map);
+    prefetch_map(c_map);
+  }
+  for (int number = blockIdx.x / kCluster; number < units; number += gridDim.x / kCluster) {
+    const Unit unit(order, number);
+    const TileRows rows(call.map, count, unit.row_block * kCluster + rank);
+    // Barriers take whole warps, of which some threads may have had less to do.
+    __syncwarp();
+    // Of this thread's words: one of eight in each of eight rows, sixteen rows apart.
+    uint32 word_of_row[kRowsOfThread];
+    if (!rows.follow) {
+      // The others may come to it no earlier than the one who copied all before.
+      named_sync<kCopiers, kGroupThreads>();
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        // Rows past the last count for nothing, whatever they hold.
+        const int row = min(first + i * kRowStep, rows.number - 1);
+        const int64 at = call.map.source[rows.top + row] * call.e.stride + word * kWordElements;
+        word_of_row[i] = static_cast<uint32>(at / kWordElements);
+      }
+    } else if (thread != 0) {
+      place.skip((unit.last - unit.first) * steps);
+      continue;
+    }
+    for (int tile = unit.first; tile < unit.last; ++tile)
+      for (int step = 0; step < steps; ++step, place.next()) {
+        Stage& stage = shared.stage[place.stage];
+        wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
+        const uint32 full = shared_address(&shared.ring.full[place.stage]);
+        if (thread == (rows.follow ? 0 : step % kWarps * 32)) {
+          mbarrier_expect_bytes(full, sizeof(stage.c) + (rows.follow ? sizeof(stage.e) : 0));
+          const int left = tile * kTileN + static_cast<int>(rank) * kShare;
+          Storage* share = stage.c + rank * kShare * kTileK;
+          if (kCluster == 1) {
+            copy_box(shared_address(share), c_map, step * kTileK, left, full, kEvictFirst);
+          } else {
+            copy_box_to_blocks(shared_address(share), c_map, step * kTileK, left, full,
+                               (1 << kCluster) - 1, kEvictFirst);
+          }
+          if (rows.follow) {
+            copy_box(shared_address(stage.e), e_map, step * kTileK, rows.source, full, kEvictLast);
+            mbarrier_arrive(full, kGroupThreads);
+          }
+        }
+        if (!rows.follow) {
+          const uint32 to = shared_address(stage.e) + place_in_stage;
+          const Storage* from = call.e.data + step * kTileK;
+          const uint32 bytes = step * kTileK + word * kWordElements < dim ? kWordBytes : 0;
+#pragma unroll
+          for (int i = 0; i < kRowsOfThread; ++i)
+            copy_word(to + i * kRowStep * kTileK * sizeof(Storage),
+                      from + static_cast<uint64>(word_of_row[i]) * kWordElements, bytes);
+          arrive_after_words(full);
+        }
+      }
+  }
+}
+
+// Numbers of barriers are constants to the compiler, which else reserves all of them.
+__device__ __forceinline__ void take_turn(int consumer) {
+  if (consumer == 0) {
+    named_sync<kTurn, kConsumers * kGroupThreads>();
+  } else {
+    named_sync<kTurn + 1, kConsumers * kGroupThreads>();
+  }
+}
+__device__ __forceinline__ void give_turn(int consumer) {
+  if (consumer == 0) {
+    named_arrive<kTurn, kConsumers * kGroupThreads>();
+  } else {
+    named_arrive<kTurn + 1, kConsumers * kGroupThreads>();
+  }
+}
+
+__device__ __forceinline__ void raise_bound(int* bound, float reference, float sum) {
+  // Of a sum that is not a number, or of none, nothing follows.
+  if (sum > 0) atomicMax(bound, ordered(reference + logarithm_to_two(sum)));
+}
+
+// Bring the bounds that columns are tested against up to date: by this warp group's own sums, and by
+// those of all blocks that work on these rows, as far as they have come.
+__device__ __forceinline__ void share_bounds(Shared& shared, const ForwardArguments& call,
+                                             int count) {
+  const int thread = this_thread(), row = first_row(shared.row_tile[thread]);
+  float known[kBlocksM][2], seen[kBlocksM][2];
+  // All loads first.
+#pragma unroll
+  for (int m = 0; m < kBlocksM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      known[m][half] = from_ordered(__ldcg(call.bound + min(row + 64 * m + 8 * half, count - 1)));
+#pragma unroll
+  for (int m = 0; m < kBlocksM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) seen[m][half] = quad_sum(shared.rest.at(m, half));
+#pragma unroll
+  for (int m = 0; m < kBlocksM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = row + 64 * m + 8 * half;
+      const float told = known[m][half] - shared.reference.at(m, half);
+      // Finite both ways: zero would keep nothing, and infinity times zero is not a number.
+      const float inverse = fmaxf(fminf(__fdividef(1.0f, seen[m][half]), power_of_two(-told)),
+                                  1.0f / kHighest);
+      // A row that is not there keeps nothing.
+      shared.inverse.at(m, half) = at < count ? inverse : 0.0f;
+      if (thread % 4 == 0 && at < count && seen[m][half] > 1.002f * power_of_two(told))
+        raise_bound(call.bound + at, shared.reference.at(m, half), seen[m][half]);
+    }
+}
+
+template <int kCluster, bool kPlain, bool kStatistics>
+__device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments& call, int count,
+                                          const Order& order) {
+  const int steps = (static_cast<int>(call.dim) + kTileK - 1) / kTileK;
+  const int units = order.row_blocks * order.across();
+  RingPlace<kStages> place;
+  bool mine = this_thread() < kGroupThreads;  // whether the next tile is this group's
+  float z[kBlocksM][kSums];
+  if (!mine) give_turn(0);
+  for (int number = blockIdx.x / kCluster; number < units;
+       number = shared.unit[this_thread()] + gridDim.x / kCluster) {
+    shared.unit[this_thread()] = number;
+    const Unit unit(order, number);
+    const int rank = kCluster == 1 ? 0 : static_cast<int>(rank_in_cluster());
+    const int row_tile = unit.row_block * kCluster + rank;
+    const bool follow = TileRows(call.map, count, row_tile).follow;
+    shared.last[this_thread()] = unit.last;
+    shared.row_tile[this_thread()] = row_tile;
+    shared.part[this_thread()] = kConsumers * unit.across + this_thread() / kGroupThreads;
+    for (int m = 0; m < kBlocksM; ++m)
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row(row_tile) + 64 * m + 8 * half;
+        const float reference = row < count ? call.own[row] * kLog2E : kHighest;
+        shared.reference.at(m, half) = reference < kLowest ? kLowest : reference;
+        shared.rest.at(m, half) = 0;
+        shared.target.at(m, half) =
+            __int_as_float(row < count ? static_cast<int>(call.map.target[row]) : -1);
+      }
+    shared.first[this_thread()] = true;
+    for (int tile = unit.first; tile < shared.last[this_thread()]; ++tile) {
+      mine = !mine;
+      if (mine) {
+        place.skip(steps);
+        continue;
+      }
+      take_turn(this_thread() / kGroupThreads);
+      int done = 0;
+      for (int step = 0; step < steps; ++step) {
+        wait_for(shared.ring.full[place.stage], place.parity);
+        // What words came as is written in the ordinary way, and read by the matrix unit.
+        if (!follow) fence_async_proxy();
+        product_fence();
+        start_products(z, shared.stage[place.stage], step == 0);
+        if (step > 0) {
+          product_wait<1>();
+          release<kCluster>(shared.ring.empty[done]);
+        }
+        done = place.stage;
+        place.next();
+      }
+      // The other's products may queue behind these.
+      give_turn(1 - this_thread() / kGroupThreads);
+      if (!kStatistics && call.bits != nullptr &&
+          (steps >= kLongTile || (tile - unit.first) / kConsumers % kShareEvery == 0))
+        share_bounds(shared, call, count);
+      product_wait<0>();
+      release<kCluster>(shared.ring.empty[done]);
+      finish_tile<kPlain, kStatistics>(z, shared, call, count, tile * kTileN);
+    }
+    for (int m = 0; m < kBlocksM; ++m)
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row(shared.row_tile[this_thread()]) + 64 * m + 8 * half;
+        const float rest = quad_sum(shared.rest.at(m, half));
+        if (this_thread() % 4 != 0 || row >= count) continue;
+        if (call.bits != nullptr) raise_bound(call.bound + row, shared.reference.at(m, half), rest);
+        const int64 slot = shared.part[this_thread()] * call.capacity;
+        call.out.reference[slot + row] = shared.reference.at(m, half);
+        call.out.rest[slot + row] = rest;
+        // A unit of one tile leaves one of the two without any.
+        const bool first = shared.first[this_thread()];
+        if (!kPlain && first && call.smoothing != nullptr) call.out.smoothed[slot + row] = 0;
+        if (first && kStatistics) {
+          call.out.weighted[slot + row] = 0;
+          call.out.best[slot + row] = -static_cast<float>(infinity());
+          call.out.argmax[slot + row] = 0;
+        }
+      }
+  }
+}
+
+template <int kCluster, bool kPlain, bool kStatistics>
+__device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_map,
+                                    const ForwardArguments& given) {
+  extern __shared__ unsigned char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(
+      memory + (alignof(Stage) - shared_address(memory) % alignof(Stage)) % alignof(Stage));
+  const uint32 rank = kCluster == 1 ? 0 : rank_in_cluster();
+  if (threadIdx.x == 0) {
+    shared.seed = *given.map.seed;
+    for (int i = 0; i < kStages; ++i) {
+      // One for the bytes that are expected, one for each thread that may copy words.
+      mbarrier_init(shared_address(&shared.ring.full[i]), 1 + kGroupThreads);
+      mbarrier_init(shared_address(&shared.ring.empty[i]), kCluster);
+    }
+    fence_barrier_init();
+    fence_async_proxy();
+  }
+  if (kCluster == 1) {
+    __syncthreads();
+  } else {
+    cluster_arrive();
+    cluster_wait();
+  }
+  const int count = static_cast<int>(*given.map.count);
+  Order order;
+  order.row_blocks = static_cast<int>((count + kTileM * kCluster - 1) / (kTileM * kCluster));
+  order.column_tiles = static_cast<int>((given.vocab + kTileN - 1) / kTileN);
+  order.unit_tiles = given.unit_tiles;
+  order.group = given.group;
+  if (threadIdx.x < kGroupThreads) {
+    give_registers<kCopyRegisters>();
+    copy_tiles<kCluster>(shared, e_map, c_map, given, count, order, rank);
+  } else {
+    take_registers<kSumRegisters>();
+    sum_tiles<kCluster, kPlain, kStatistics>(shared, given, count, order);
+  }
+  // No block may leave while another still copies to it or hands stages back to it.
+  if (kCluster > 1) {
+    cluster_arrive();
+    cluster_wait();
+  }
+}
+
+}  // namespace cce
+
+// A kernel. Grid: as many clusters as fit on the device.
+#define CCE_FORWARD(name, cluster, plain, statistics)                                        \
+  extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(kThreads, 1)  \
+      name(const __grid_constant__ TensorMap e_map, const __grid_constant__ TensorMap c_map, \
+           const __grid_constant__ ForwardArguments given) {                                 \
+    run<cluster, plain, statistics>(e_map, c_map, given);                                    \
+  }
