@@ -39,7 +39,7 @@ _WALKERS = 1024
 _SEGMENT_FIELDS = (
     "reference", "rest", "target_logit", "smoothed", "total", "weighted", "best", "argmax",
 )  # fmt: skip
-_UNIT_FIELDS = ("reference", "rest", "smoothed", "weighted", "best", "argmax")
+_UNIT_STATISTICS = ("weighted", "best", "argmax")
 _MERGE_ROWS, _MERGERS = 32, 16
 """Rows of a block of finish_rows of kernels_cu/sm90/rows.cu, and kMergers there."""
 
@@ -111,6 +111,16 @@ class _Part(NamedTuple):
     right: int
 
 
+_loaded: dict[tuple[int, str, str, str], tuple[int, int, driver.Layout]] = {}
+"""What a launch needs of a kernel: its handle, shared memory and layout."""
+
+
+def _load(device: int, file: str, name: str, dtype: str) -> tuple[int, int, driver.Layout]:
+    source = f"{file}.cu"
+    function = kernel(device, source, name, dtype)
+    return function.kernel.ptr, shared_bytes(source, name), layout(source, name)
+
+
 class Launcher:
     """The launches of one call on one device and stream: within ``with``, on its device.
 
@@ -175,12 +185,12 @@ class Launcher:
         """Launch a kernel; a grid without blocks is no launch."""
         if 0 in grid:
             return
-        source = f"{file}.cu"
-        function = kernel(self.device, source, name, self.problem.dtype)
-        driver.launch(
-            function.kernel.ptr, grid, block, shared_bytes(source, name), self.stream,
-            layout(source, name), arguments,
-        )  # fmt: skip
+        key = self.device, file, name, self.problem.dtype
+        loaded = _loaded.get(key)
+        if loaded is None:
+            loaded = _loaded[key] = _load(*key)
+        function, shared, arranged = loaded
+        driver.launch(function, grid, block, shared, self.stream, arranged, arguments)
 
     def map_rows(self, *, unbounded: int) -> None:
         """Find the rows that count, the classes' weights, and zero what only some rows write."""
@@ -234,10 +244,10 @@ class Launcher:
         return sums + [self.room[f"segment_{name}"] if statistics else 0 for name in rest]
 
     def _unit_sums(self, statistics: bool) -> list[int]:
-        asked = {"reference", "rest"}
-        asked |= {"smoothed"} if self.plan.smooths else set()
-        asked |= {"weighted", "best", "argmax"} if statistics else set()
-        return [self.room[f"unit_{name}"] if name in asked else 0 for name in _UNIT_FIELDS]
+        room = self.room
+        rest = [room[f"unit_{name}"] for name in _UNIT_STATISTICS] if statistics else [0, 0, 0]
+        smoothed = room["unit_smoothed"] if self.plan.smooths else 0
+        return [room["unit_reference"], room["unit_rest"], smoothed, *rest]
 
     def _forward_on_hopper(self, cut: HopperForward, *, bits: int, statistics: bool) -> None:
         problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
