@@ -229,3 +229,29 @@ def test_a_single_strided_token():
     loss, gradients = linear_cross_entropy_value_and_grad(*case.arrays, **case.options)
     check_forward(case, case.oracle(), loss, with_lse=False)
     check_gradients(case, case.oracle(), gradients)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("by", ["classifier", "bias"])
+@pytest.mark.parametrize("far", [-90.0, -1e4, -6e4])
+def test_targets_far_from_likely(far, by, dtype):
+    """What is exact relative to a target's logit says nothing of logits thousands above it."""
+    n, v, d = 130, 1000, 40
+    rng = np.random.default_rng(0)
+    e, c, bias = rng.standard_normal((n, d)), rng.standard_normal((v, d)) / 6, np.zeros(v)
+    e[:, 0], c[:, 0] = 10.0, 0.0
+    c[7] = 0.0
+    if by == "bias":
+        bias[7] = far
+    else:
+        c[7, 0] = far / 10
+    targets = np.where(rng.random(n) < 0.5, 7, rng.integers(0, v, n))
+    number = DTYPES[dtype]
+    options = {"reduction": "none"} | ({"bias": bias.astype(number)} if by == "bias" else {})
+    case = Case(dtype, e.astype(number), c.astype(number), targets, options)
+    found, gradients = linear_cross_entropy_value_and_grad(
+        *case.arrays, **options, gradient_filter=None, return_lse=True
+    )
+    oracle = case.oracle()
+    check_forward(case, oracle, found, True)
+    check_gradients(case, oracle, gradients)

@@ -231,7 +231,7 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
       for (int half = 0; half < 2; ++half) {
         const int row = first_row(row_tile) + 64 * m + 8 * half;
         const float reference = row < count ? call.own[row] * kLog2E : kHighest;
-        shared.reference.at(m, half) = reference < kLowest ? kLowest : reference;
+        shared.reference.at(m, half) = reference < kFar ? kLowest : reference;
         shared.rest.at(m, half) = 0;
         shared.target.at(m, half) =
             __int_as_float(row < count ? static_cast<int>(call.map.target[row]) : -1);

@@ -11,7 +11,8 @@ namespace cce {
 constexpr int kConsumers = 2;  // warp groups that multiply and sum
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLowest = -1e30f;   // reference of a row whose target has no finite logit
+constexpr float kLowest = -1e30f;   // reference of a row that has none yet: its target's is too far
+constexpr float kFar = -128.0f;     // below what is likely to be near the largest, in powers of two
 constexpr float kHighest = 1e30f;   // that of a row that is not there; sums beyond it are too large
 constexpr float kMasked = -2e38f;   // a logit that counts for nothing; finite in powers of two too
 constexpr int kChunks = kTileN / kColumnChunk;
@@ -267,7 +268,7 @@ __device__ __forceinline__ void take_all(Block z, const ForwardArguments& call, 
 }
 
 // What few tiles need: take the targets' logits out of a block, since their sums go apart, so that a
-// loss is never negative; and find a reference for rows whose target has no finite logit.
+// loss is never negative; and find a reference for rows whose target is far from likely.
 __device__ __forceinline__ void take_targets(Block z, Shared& shared, int m,
                                              const ForwardArguments& call, int row, int left,
                                              uint32* words, int lane) {
@@ -298,8 +299,8 @@ __device__ __forceinline__ void take_targets(Block z, Shared& shared, int m,
     }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    // A row whose target tells nothing starts from the largest logit that it meets first: relative to
-    // that of the target nothing would be left of the others' digits.
+    // Such a row starts from the largest logit that it meets first: exponents are rounded, and relative
+    // to a target far away few of the others' digits would be left.
     float most = kMasked;
 #pragma unroll
     for (int k = 0; k < 2 * kSpans; ++k) {
@@ -334,7 +335,8 @@ struct Dropped {
 };
 static_assert(kSpansInChunk == 4 && kChunks <= 8, "a byte for each chunk");
 
-// Find the columns of the given chunks, the first the highest bit, that hold an exponential of at least a part of its row's sum.
+// Find the columns of the given chunks, the first the highest bit, that hold an exponential of at
+// least a part of its row's sum.
 __device__ __forceinline__ void find_columns(Block exponents, uint32 chunks,
                                              const float (&inverse)[2], float chunk_threshold,
                                              Dropped& dropped, int lane) {
@@ -371,7 +373,8 @@ __device__ __forceinline__ void mark_columns(Dropped& dropped, uint32* words, in
   if (w < kChunks && byte != 0) atomicOr(words + w, spread(byte) << 2 * (lane % 4));
 }
 
-// Add a block's exponentials to the rows' sums, and find the columns to keep. Leaves the exponents, in powers of two, relative to the rows' references.
+// Add a block's exponentials to the rows' sums, and find the columns to keep. Leaves the exponents, in
+// powers of two, relative to the rows' references.
 __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_threshold,
                                           bool plain, bool finds, Dropped& dropped, int lane) {
   const float lowest = -static_cast<float>(infinity());
