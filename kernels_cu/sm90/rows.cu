@@ -2,7 +2,7 @@
 // loss.
 
 #include "../loss.cuh"
-#include "sums.cuh"
+#include "state.cuh"
 
 using namespace cce;
 
