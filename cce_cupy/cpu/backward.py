@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,6 +14,7 @@ from .call import ELEMENTWISE_ROWS, Call, spans
 from .forward import Saved
 from .memory import Array, Scratch, Workers, as_index
 from .tokens import RowFactors
+from .turns import Turns
 
 
 class HostGradients(NamedTuple):
@@ -88,37 +87,6 @@ class _ColumnSums(NamedTuple):
     left: int
     total: Array
     place: Array | None
-
-
-class _Turns:
-    """The order in which column ranges add to dE: that of the ranges, for every group of rows.
-
-    Workers on several ranges form their products side by side; only the adding waits for its
-    turn, so the sum is the same however they run.
-    """
-
-    def __init__(self) -> None:
-        self._due: dict[int, int] = {}
-        self._changed = threading.Condition()
-        self._failed = False
-
-    @contextlib.contextmanager
-    def turn(self, group: int, number: int) -> Iterator[None]:
-        """Wait until ranges before `number` have added to a group; the others wait meanwhile."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._failed or self._due.get(group, 0) == number)
-            if self._failed:
-                raise RuntimeError("another worker failed")
-        yield
-        with self._changed:
-            self._due[group] = number + 1
-            self._changed.notify_all()
-
-    def fail(self) -> None:
-        """Let nobody wait for a turn that will not come."""
-        with self._changed:
-            self._failed = True
-            self._changed.notify_all()
 
 
 class _Backward:
@@ -218,7 +186,7 @@ class _Backward:
 
     def by_columns(self, sweep: Sweep) -> None:
         """Complete dC, range by range, and sum dE along with it; either where it is asked for."""
-        call, ranges, turns = self.call, self.ranges(sweep), _Turns()
+        call, ranges, turns = self.call, self.ranges(sweep), Turns()
         # Where nothing is rounded the output itself is the sum.
         apart = sweep.e and self.rounds
         sums = np.zeros((len(call.rows) if apart else 0, call.problem.dim), call.dtype)

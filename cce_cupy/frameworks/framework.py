@@ -39,17 +39,13 @@ class Evaluation:
     gradients: Callable[[], tuple[Any, Any, Any]]
 
 
-@functools.lru_cache(maxsize=256)
-def _check(
-    names: tuple[str, ...],
-    specs: tuple[ArraySpec, ...],
-    options: Options,
-    types: tuple[type, ...],
-) -> tuple[Problem, Plan | None]:
-    """Check and plan; kept, since the calls of a training run are alike."""
-    problem = Problem.check(dict(zip(names, specs, strict=True)), options)
-    # The plan of a GPU call depends on the device, which its framework knows.
-    return problem, make_plan(problem) if problem.device == "cpu" else None
+def _check(specs: tuple[tuple[str, ArraySpec], ...], *options: Any) -> Problem:
+    return Problem.check(dict(specs), Options(*options))
+
+
+# The calls of a training run are alike. Typed: True equals 1, but is no softcap.
+_checked = functools.lru_cache(maxsize=256, typed=True)(_check)
+_planned = functools.lru_cache(maxsize=256)(make_plan)
 
 
 class Framework:
@@ -100,16 +96,25 @@ class Framework:
         """Return an array of this framework over the memory of a result."""
         return array
 
+    def problem(self, arrays: Mapping[str, Any], options: Options) -> Problem:
+        """Check the arguments of a call, or find them checked."""
+        specs = tuple((name, self.describe(name, array)) for name, array in arrays.items())
+        given = specs, *options
+        try:
+            hash(given)
+        except TypeError:
+            # Sizes that are symbolic, or an option of a kind that no cache can hold.
+            return _check(*given)
+        return _checked(*given)
+
+    def plan(self, problem: Problem) -> Plan | None:
+        """Plan a call on the host; that on a GPU depends on the device."""
+        return _planned(problem) if problem.device == "cpu" else None
+
     def check(self, arrays: Mapping[str, Any], options: Options) -> tuple[Problem, Plan | None]:
         """Check the arguments of a call, and plan it where that needs no device."""
-        specs = tuple(self.describe(name, array) for name, array in arrays.items())
-        # Equal values of other types may be refused: True for 1.
-        types = tuple(map(type, options))
-        try:
-            return _check(tuple(arrays), specs, options, types)
-        except TypeError:
-            # An option that cannot be a key, or an argument that is refused: again, to say so.
-            return _check.__wrapped__(tuple(arrays), specs, options, types)
+        problem = self.problem(arrays, options)
+        return problem, self.plan(problem)
 
     def loss(self, arrays: Mapping[str, Any], options: Options) -> tuple[Any, Any]:
         """Return the loss, and lse: what autodiff may see of a call."""

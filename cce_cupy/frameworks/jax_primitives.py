@@ -252,11 +252,9 @@ def _backward_on_gpu(
     context: Any, *operands: Any, problem: Problem, names: Any, wanted: Any
 ) -> list[Any]:
     attributes = xla_call.attributes_of(problem, arrays=names, wanted=wanted)
-    like = context.avals_in[0]
-    extra = [_aval(like, (xla_cuda.backward_bytes(problem, _gpus()),), "uint8")]
-    if "bias" in wanted and "c" not in wanted:
-        extra.insert(0, _gradient_aval(problem, like, "c"))
-    return _lower(context, "backward", operands, extra, attributes)
+    size = xla_cuda.backward_bytes(problem, _gpus())
+    workspace = _aval(context.avals_in[0], (size,), "uint8")
+    return _lower(context, "backward", operands, [workspace], attributes)
 
 
 def _gpus() -> list[int]:

@@ -7,15 +7,14 @@ the other, lse and the kept-column bits, is one tensor of 64-bit words whose siz
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
-from ..plan import Plan, Wanted, make_plan, saved_words
-from ..problem import ArraySpec, Options, Problem, read_filter_eps
+from ..plan import Wanted, saved_words
+from ..problem import Options, Problem, read_filter_eps
 from . import gpu
 from .framework import Evaluation
 from .host import Arrays, HostCall
@@ -60,9 +59,9 @@ class TorchAutogradFramework(TorchFramework):
             problem = _in_schema(self.problem(arrays, options))
             given, function = _options_of(problem), _Forward.apply
         else:
-            # Nothing to record: an operator would take as long again as all the rest of a call.
+            # Nothing to record: an operator would take longer than all the rest of a call.
             problem = self.problem(arrays, options)
-            plan = _planned(problem) if problem.device == "cpu" else None
+            plan = self.plan(problem)
             found = TorchFramework.evaluate(self, problem, plan, arrays, differentiate=False)
             return found.loss, found.lse
         tensors = [arrays.get(name) for name in _TENSORS]
@@ -71,24 +70,14 @@ class TorchAutogradFramework(TorchFramework):
 
     # The functions that take tensors as plain data stay out of a compiler's graph: it would take
     # NumPy code for code of the caller, to be rewritten.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def check(self, arrays: Mapping[str, Any], options: Options) -> tuple[Problem, Plan | None]:
-        """Check the arguments of a call, and plan it where that needs no device."""
-        problem = self.problem(arrays, options)
-        return problem, _planned(problem) if problem.device == "cpu" else None
+    check = torch.compiler.disable(TorchFramework.check)
 
     def problem(self, arrays: Mapping[str, Any], options: Options) -> Problem:
-        """Check the arguments of a call, or find them checked."""
-        specs = tuple((name, self.describe(name, array)) for name, array in arrays.items())
-        given = specs, *options
+        """Check the arguments of a call, or find them checked; anew while a compiler looks on."""
         if torch.compiler.is_compiling():
-            return _check(*given)
-        try:
-            hash(given)
-        except TypeError:
-            # Sizes that are symbolic, or an option of a kind that no cache can hold.
-            return _check(*given)
-        return _checked(*given)
+            specs = {name: self.describe(name, array) for name, array in arrays.items()}
+            return Problem.check(specs, options)
+        return super().problem(arrays, options)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def evaluate(self, *arguments: Any, **options: Any) -> Evaluation:
@@ -110,10 +99,6 @@ def _are_plain(tensors: Iterable[torch.Tensor]) -> bool:
     return all(type(x) in _PLAIN and unpack_dual(x).tangent is None for x in tensors)
 
 
-def _check(specs: tuple[tuple[str, ArraySpec], ...], *options: Any) -> Problem:
-    return Problem.check(dict(specs), Options(*options))
-
-
 def _in_schema(problem: Problem) -> Problem:
     """Refuse what the operators cannot take."""
     if not -_INTEGER_LIMIT <= problem.ignore_index < _INTEGER_LIMIT:
@@ -122,11 +107,6 @@ def _in_schema(problem: Problem) -> Problem:
             f"got {problem.ignore_index}"
         )
     return problem
-
-
-# Typed: True equals 1, but is no softcap.
-_checked = functools.lru_cache(maxsize=256, typed=True)(_check)
-_planned = functools.lru_cache(maxsize=256)(make_plan)
 
 
 def _autocast(arrays: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -184,9 +164,7 @@ class _Call:
         options = given._replace(seed=seed, filter_eps=filter_eps)
         self.framework = TorchAutogradFramework()
         self.problem = self.framework.problem(self.arrays, options)
-        self.plan: Plan | None = None
-        if self.problem.device == "cpu" and not symbolic:
-            self.plan = _planned(self.problem)
+        self.plan = None if symbolic else self.framework.plan(self.problem)
 
     def host(self) -> HostCall:
         """Return the call on the arrays' memory on the host."""

@@ -43,19 +43,17 @@ def backward(call: Call) -> None:
     """Write the gradients that the attribute ``wanted`` names, in its order, then the workspace.
 
     Behind the arrays come what the forward saved, the gradient of the loss and, if there is one,
-    that of lse. The gradient of the bias takes that of c along: the result before the workspace
-    where c is not wanted.
+    that of lse.
     """
     asked = read(call)
     wanted = asked.lists["wanted"]
     saved, dloss, *dlse = asked.others
     *results, workspace = asked.results
-    names = wanted if "c" in wanted or "bias" not in wanted else (*wanted, "c")
-    named = dict(zip(names, results, strict=True))
+    named = dict(zip(wanted, results, strict=True))
     ordered = (named[name] for name in ("e", "c", "bias") if name in named)
     memory = _XlaMemory(call, workspace, (saved, workspace, *ordered))
     gpu = GpuCall(memory, asked.problem, asked.arrays)
-    gpu.pullback(memory, dloss, dlse[0] if dlse else None, Wanted.of(named))
+    gpu.pullback(memory, dloss, dlse[0] if dlse else None, Wanted.of(wanted))
 
 
 def forward_bytes(problem: Problem, devices: Iterable[int], outputs: tuple[str, ...]) -> int:
