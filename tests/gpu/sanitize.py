@@ -61,8 +61,8 @@ launcher.kernel = _recording
 class SeparatePieces(gpu._Space):
     """Workspace whose pieces are allocations of exactly their sizes."""
 
-    def __init__(self, memory, room):
-        super().__init__(memory, Room())
+    def __init__(self, memory, room, words=None):
+        super().__init__(memory, Room(), words)
         self.pieces = {
             name: memory.full((max(size, 1),), "int8", None) for name, size in room.items()
         }

@@ -24,12 +24,12 @@ def gpu():
         pytest.skip("the GPU is not JAX's default device")
 
 
-def tests_of(module):
+def _tests_of(module):
     return {name: test for name, test in vars(module).items() if name.startswith("test_")}
 
 
-globals().update(tests_of(test_jax_transforms))
-globals().update(tests_of(test_jax_sharding))
+globals().update(_tests_of(test_jax_transforms))
+globals().update(_tests_of(test_jax_sharding))
 
 jax = test_jax_transforms.jax
 jnp = jax.numpy
