@@ -33,6 +33,9 @@ def library() -> ctypes.CDLL:
     cuda.cuLaunchKernel.argtypes = [
         ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3
     ]  # fmt: skip
+    cuda.cuLaunchCooperativeKernel.argtypes = [
+        ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 2
+    ]  # fmt: skip
     return cuda
 
 
@@ -65,6 +68,8 @@ def launch(
     stream: int,
     layout: Layout,
     values: tuple[Any, ...],
+    *,
+    cooperative: bool = False,
 ) -> None:
     """Launch a kernel on a stream of the current device.
 
@@ -81,6 +86,8 @@ def launch(
     layout : Layout
     values : tuple
         The arguments' scalars, one after the other.
+    cooperative : bool
+        Whether its blocks wait for each other, and must all be there at once.
 
     Raises
     ------
@@ -91,9 +98,11 @@ def launch(
     if room is None:
         room = _of_thread.rooms[layout] = _Arguments(layout)
     layout.whole.pack_into(room.buffer, 0, *values)
-    status = library().cuLaunchKernel(
-        function, grid[0], grid[1], 1, block[0], block[1], 1, shared, stream, room.pointers, None
-    )
+    place = function, grid[0], grid[1], 1, block[0], block[1], 1, shared, stream, room.pointers
+    if cooperative:
+        status = library().cuLaunchCooperativeKernel(*place)
+    else:
+        status = library().cuLaunchKernel(*place, None)
     if status != 0:
         raise RuntimeError(f"the driver refused to launch a kernel: {_name(status)}")
 

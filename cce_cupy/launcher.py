@@ -181,6 +181,7 @@ class Launcher:
         grid: tuple[int, int],
         block: tuple[int, int],
         *arguments: Any,
+        cooperative: bool = False,
     ) -> None:
         """Launch a kernel; a grid without blocks is no launch."""
         if 0 in grid:
@@ -190,7 +191,9 @@ class Launcher:
         if loaded is None:
             loaded = _loaded[key] = _load(*key)
         function, shared, arranged = loaded
-        driver.launch(function, grid, block, shared, self.stream, arranged, arguments)
+        driver.launch(
+            function, grid, block, shared, self.stream, arranged, arguments, cooperative=cooperative
+        )
 
     def map_rows(self, *, unbounded: int) -> None:
         """Find the rows that count, the classes' weights, and zero what only some rows write."""
@@ -329,16 +332,10 @@ class Launcher:
         wanted: Wanted,
     ) -> None:
         """Form the wanted gradients, one range of columns at a time."""
-        problem, plan, room = self.problem, self.plan, self.room
-        self.launch(
-            "portable/tokens", "row_factors", (-(-plan.capacity // _THREADS), 1), (_THREADS, 1),
-            *self.map, *self.loss_options, *self.weights, self.inputs.bias,
-            room["normalizer"], room["row_lse"], dloss, problem.reduction == "none", dlse,
-            *self._factors(),
-        )  # fmt: skip
-        rank_one = plan.smooths and problem.softcap is None
-        if rank_one:
-            self._smoothing_sums(wanted)
+        plan = self.plan
+        self.row_factors(dloss, dlse)
+        if self.rank_one:
+            self.smoothing_sums(wanted)
         outputs = _Gradients(bits, unbounded, de, dc, dbias, passed, wanted)
         for sweep in needed_sweeps(plan.sweeps, wanted):
             for part in self._parts(sweep):
@@ -359,10 +356,27 @@ class Launcher:
             return (_Part(*t, *c) for c in columns for t in tiles)
         return (_Part(*t, *c) for t in tiles for c in columns)
 
-    def _factors(self) -> tuple[int, ...]:
+    @property
+    def rank_one(self) -> bool:
+        """Whether label smoothing adds what is of rank one to the logits' gradients."""
+        return self.plan.smooths and self.problem.softcap is None
+
+    def row_factors(self, dloss: int, dlse: int) -> None:
+        """Find what the gradients of a row's logits are multiplied by."""
+        problem, plan, room = self.problem, self.plan, self.room
+        self.launch(
+            "portable/tokens", "row_factors", (-(-plan.capacity // _THREADS), 1), (_THREADS, 1),
+            *self.map, *self.loss_options, *self.weights, self.inputs.bias,
+            room["normalizer"], room["row_lse"], dloss, problem.reduction == "none", dlse,
+            *self.factors(),
+        )  # fmt: skip
+
+    def factors(self) -> tuple[int, ...]:
+        """Return where they are."""
         return tuple(self.room[f"factor_{name}"] for name in ("softmax", "onehot", "smoothing"))
 
-    def _smoothing_sums(self, wanted: Wanted) -> None:
+    def smoothing_sums(self, wanted: Wanted) -> None:
+        """Add up what label smoothing brings to the gradients of every row and every column."""
         problem, plan, room = self.problem, self.plan, self.room
         grid, no_map = (-(-problem.dim // 32), plan.smoothing_parts), (0, 0, 0, 0, 0)
         if wanted.e:
@@ -390,7 +404,7 @@ class Launcher:
         lists = room["list_column"], room["list_before"], width
         with_bias = outputs.dbias if sweep.c else 0
         records = room["dz"], room["dz_column"] if with_bias else 0
-        rank_one = plan.smooths and problem.softcap is None
+        rank_one = self.rank_one
         smoothing = room["smoothing"] if plan.smooths else 0
         self.launch(
             "portable/backward", "list_columns", (tiles, 1), (_PRODUCT_THREADS, 1),
@@ -403,7 +417,7 @@ class Launcher:
             "portable/backward", "dlogits", (tiles, width // _BLOCK), (_PRODUCT_THREADS, 1),
             *self.e, *self.c, inputs.bias, dim, part.first_tile, part.left, *self.logit_options,
             *(self.filter() if sweep.filtered else (0.0, 1.0, False)), *self.map, *lists,
-            room["row_lse"], *self._factors(), 0 if rank_one else smoothing, *records,
+            room["row_lse"], *self.factors(), 0 if rank_one else smoothing, *records,
             outputs.passed if counts else 0,
         )  # fmt: skip
         d_blocks = -(-dim // _BLOCK)

@@ -32,6 +32,22 @@ HOPPER_FORWARD = (
     MATRIX + ROW_MAP + "PPqq" + LOGIT_OPTIONS + FILTER + "ii3P" + UNIT_SUMS + "qPq"
 )  # e, map; bias, smoothing, dim, vocab; how it is cut, rows' own; sums; capacity, bits, words
 
+COLUMN_ORDER = "6Pqiii0P"
+ORDER_SCRATCH = "6P"
+HOPPER_BACKWARD = (
+    MATRIX
+    + MATRIX
+    + ROW_MAP
+    + "PPq"
+    + LOGIT_OPTIONS
+    + FILTER
+    + "qq"
+    + COLUMN_ORDER
+    + "P"
+    + ROW_FACTORS
+    + "15P"
+)  # e, c, map; bias, smoothing, dim; row tiles, their order; row_lse, factors; all that is written
+
 _FORWARD = (
     MATRIX, MATRIX, POINTER, POINTER, INT64, INT64, INT64, INT64, LOGIT_OPTIONS, FILTER, ROW_MAP,
     POINTER, POINTER, SEGMENT_SUMS, POINTER, INT64,
@@ -87,6 +103,17 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
     "sm90/options.cu": {
         "forward_options": _HOPPER_FORWARD, "forward_statistics": _HOPPER_FORWARD
     },
+    "sm90/order.cu": {
+        "order_columns": (
+            POINTER, POINTER, INT64, POINTER, INT64, INT32, INT32, INT32, COLUMN_ORDER,
+            ORDER_SCRATCH, POINTER,
+        ),
+    },
+    "sm90/factors.cu": {
+        "largest_factor": (POINTER, POINTER, POINTER, POINTER),
+        "sum_parts": (POINTER, INT32, INT64, POINTER),
+    },
+    "sm90/backward.cu": {"backward": (TENSOR_MAP, TENSOR_MAP, HOPPER_BACKWARD)},
 }  # fmt: skip
 
 

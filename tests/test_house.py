@@ -52,9 +52,10 @@ HOUSE = {
     "compiler": Room("problem signatures", foreign="cupy"),
     "cpu.*": Room("plan problem", foreign="threadpoolctl"),
     "launcher": Room("compiler driver signatures tensor_map plan problem", foreign="cupy"),
+    "hopper_launcher": Room("launcher plan tensor_map"),
     "frameworks.xla_ffi": Room(),
     "frameworks.host": Room("cpu plan problem"),
-    "frameworks.gpu": Room("launcher plan problem"),
+    "frameworks.gpu": Room("hopper_launcher launcher plan problem"),
     "frameworks.framework": Room("frameworks.host frameworks.gpu plan problem"),
     "frameworks.numpy": Room("frameworks.framework problem"),
     "frameworks.cupy": Room(

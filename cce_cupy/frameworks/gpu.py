@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+from ..hopper_launcher import HopperLauncher
 from ..launcher import DeviceInputs, DeviceMatrix, Launcher
 from ..plan import EVERY_GRADIENT, ITEMSIZE, GpuDevice, GpuPlan, Room, Wanted, make_gpu_plan
 from ..problem import INTEGER_DTYPES, Problem
@@ -204,9 +205,8 @@ class GpuCall:
 
     def _launcher(self, memory: DeviceMemory, room: _Space) -> Launcher:
         addresses = self.saved.addresses | room.addresses
-        return Launcher(
-            self.problem, self.plan, self.inputs, addresses, memory.device, memory.stream
-        )
+        kind = Launcher if self.plan.hopper_backward is None else HopperLauncher
+        return kind(self.problem, self.plan, self.inputs, addresses, memory.device, memory.stream)
 
     def _check_targets(self) -> None:
         offset = self.saved.offsets["first_wrong"] // 8

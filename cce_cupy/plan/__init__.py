@@ -5,7 +5,7 @@ Pure arithmetic: no array is touched and no GPU is needed to make or to test a p
 
 from ..problem import Problem
 from .gpu import GpuDevice, GpuPlan, Room, make_gpu_plan, saved_room
-from .hopper import TILE_COLUMNS, HopperForward
+from .hopper import ORDER_THREADS, TILE_COLUMNS, HopperBackward, HopperForward, HopperPass
 from .host import Plan, bit_words, make_plan
 from .shared import (
     COLUMN_CHUNK,
@@ -25,11 +25,14 @@ __all__ = [
     "ITEMSIZE",
     "LARGEST_AUTO_EPS",
     "MARGIN",
+    "ORDER_THREADS",
     "ROW_TILE",
     "TILE_COLUMNS",
     "GpuDevice",
     "GpuPlan",
+    "HopperBackward",
     "HopperForward",
+    "HopperPass",
     "Plan",
     "Room",
     "Sweep",

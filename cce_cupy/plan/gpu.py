@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..problem import Problem
-from .hopper import HopperForward, plan_hopper_forward, refuse_hopper
+from .hopper import (
+    HopperBackward,
+    HopperForward,
+    plan_hopper_backward,
+    plan_hopper_forward,
+    refuse_hopper,
+)
 from .shared import (
     COLUMN_CHUNK,
     DEFAULT_WORKSPACE_BYTES,
@@ -41,6 +47,7 @@ _DENSE_BLOCK = 128
 _WIDE_RANGE = 1024
 _LONGEST_CHAIN = 512  # row tiles that enter one sum of dC one by one
 _SMOOTHING_PARTS = 64
+_COUNTER_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,14 @@ class GpuPlan:
     Attributes
     ----------
     tier : str
-        The family of kernels of the forward: ``"sm90"`` or ``"portable"``. The backward is
-        portable.
+        The family of kernels of the forward: ``"sm90"`` or ``"portable"``.
     tier_reason : str
         Why not a faster one; empty for the fastest.
     hopper : HopperForward or None
         How the forward of ``"sm90"`` is cut; it leaves sums of one segment.
+    hopper_backward : HopperBackward or None
+        How the backward of ``"sm90"`` is cut; None where it is portable: as the forward, and where
+        the workspace is too small for it.
     capacity : int
         Rows there is room for: all tokens, ignored ones included, since how many count is known
         on the device only.
@@ -68,7 +77,7 @@ class GpuPlan:
     part_tiles, range_columns : int
         Row tiles and columns whose dz is held at a time in the backward. dE of a range of columns
         goes on where the range before ended; dC is the sum of what each part of the rows gives, in
-        their order.
+        their order. Of the portable backward; 0 for the other.
     smooths : bool
         Whether label smoothing has any effect.
     smoothing_parts : int
@@ -83,6 +92,7 @@ class GpuPlan:
     tier: str
     tier_reason: str
     hopper: HopperForward | None
+    hopper_backward: HopperBackward | None
     capacity: int
     tiles: int
     segments: int
@@ -164,32 +174,50 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         forward |= dict.fromkeys(("unit_reference", "unit_rest"), per_unit)
         forward["unit_smoothed"] = per_unit if smooths else 0
         statistics = dict.fromkeys(("unit_weighted", "unit_best", "unit_argmax"), per_unit)
-    cut = _cut_backward(problem, tiles, together=chosen.e == chosen.c)
     backward = {
         **dict.fromkeys(("factor_softmax", "factor_onehot", "factor_smoothing"), sums * rows),
         "smoothing_classifier": 8 * _SMOOTHING_PARTS * dim if smooths else 0,
         "smoothing_embedding": 8 * _SMOOTHING_PARTS * dim if smooths else 0,
         "smoothing_rows": 8,
         "passed": 8,
-        **cut.room,
     }
+    alike = chosen.e == chosen.c
+    hopper_backward = None
+    if hopper is not None:
+        hopper_backward = plan_hopper_backward(
+            problem, device.processors, together=alike, filtered=chosen.kind is not None
+        )
+    if hopper_backward is None:
+        cut = _cut_backward(problem, tiles, together=alike)
+        together, part_tiles, range_columns = cut.together, cut.tiles, cut.columns
+        backward |= cut.room
+    else:
+        together, part_tiles, range_columns = hopper_backward.together, 0, 0
+        totals = dict.fromkeys(("classifier_total", "embedding_total"), 4 * dim if smooths else 0)
+        passes = 1 + -(-tiles // hopper_backward.row_tiles)
+        backward |= {
+            "counters": _COUNTER_BYTES * (1 + passes),
+            **totals,
+            **hopper_backward.room,
+        }
     return GpuPlan(
         tier="portable" if hopper is None else "sm90",
         tier_reason=refusal or "",
         hopper=hopper,
+        hopper_backward=hopper_backward,
         capacity=rows,
         tiles=tiles,
         segments=segments,
         segment_columns=segment_columns,
         words=words,
-        part_tiles=cut.tiles,
-        range_columns=cut.columns,
+        part_tiles=part_tiles,
+        range_columns=range_columns,
         smooths=smooths,
         smoothing_parts=_SMOOTHING_PARTS,
         gradient_filter=chosen.kind,
         filter_eps=chosen.eps,
         filter_reason=chosen.reason,
-        sweeps=choose_sweeps(chosen, together=cut.together),
+        sweeps=choose_sweeps(chosen, together=together),
         saved=saved_room(problem),
         forward=Room(forward),
         statistics=Room(forward | statistics),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..problem import Problem
-from .shared import ITEMSIZE, ROW_TILE
+from .shared import DEFAULT_WORKSPACE_BYTES, ITEMSIZE, ROW_TILE, whole
 
 TILE_COLUMNS = 192
 """kTileN of kernels_cu/sm90/tile.cuh."""
@@ -14,6 +17,20 @@ _CONSUMERS = 2
 _CACHED_ROWS_BYTES = 20 * 10**6
 _LONGEST_UNIT = 24  # column tiles
 _LONGEST = 2**31 - 1  # rows, columns and units count in 32 bits there
+
+ORDER_BLOCK = 128
+"""kOrderBlock of kernels_cu/sm90/order.cuh."""
+
+ORDER_THREADS = 1024
+"""kThreads of kernels_cu/sm90/order.cu."""
+
+ORDER_DIGITS = 256
+"""kDigits there."""
+
+_ALIGNMENT = 256  # of a piece of workspace
+_LIST_UNIT = 256  # kPairs of kernels_cu/sm90/order.cuh: lists of row tiles are whole items of it
+_MOST_ROW_TILES = 2048  # kMostRowTiles there
+_RECORD_BYTES = 2 * ROW_TILE
 
 
 @dataclass(frozen=True)
@@ -97,4 +114,177 @@ def plan_hopper_forward(problem: Problem, processors: int) -> HopperForward:
         unit_tiles=unit_tiles,
         group=-(-row_blocks // groups),
         parts=_CONSUMERS * -(-tiles // unit_tiles),
+    )
+
+
+class HopperPass(NamedTuple):
+    """What one launch of the backward works on.
+
+    Attributes
+    ----------
+    first_tile, tiles : int
+        Its row tiles.
+    chunk_blocks : int
+        Blocks of 128 columns whose records are held at a time where every column is kept; 0 where
+        the kept-column bits say.
+    """
+
+    first_tile: int
+    tiles: int
+    chunk_blocks: int
+
+
+@dataclass(frozen=True)
+class HopperBackward:
+    """How the backward is cut: what a launch is given, and what the device cuts by itself.
+
+    How many columns are kept is known on the device only. It cuts the columns into chunks whose
+    records fit; dE of a row tile is added up over the chunks, in two halves of float32 numbers:
+    the high ones where dE will be, the low ones in the workspace.
+
+    Attributes
+    ----------
+    blocks : int
+        Of the grid.
+    together : bool
+        Whether one pass over all row tiles forms both gradients.
+    row_tiles : int
+        Row tiles of a pass that forms dE alone; dC takes all of them.
+    order_blocks : int
+        Blocks of 128 columns.
+    tile_words : int
+        32-bit words that hold a bit for each row tile.
+    pairs, pairs_in_one : int
+        Kept (row tile, column) pairs of a chunk; and of all, where one chunk then does.
+    low_offset : int
+        Where the low halves start, in bytes from the first record.
+    scratch : tuple of int
+        Where the pieces start that sorting the columns takes, in bytes from the first record: it
+        is done when records come.
+    room : dict of str to int
+        The pieces of workspace.
+    """
+
+    blocks: int
+    together: bool
+    row_tiles: int
+    order_blocks: int
+    tile_words: int
+    pairs: int
+    pairs_in_one: int
+    low_offset: int
+    scratch: tuple[int, ...]
+    room: dict[str, int]
+
+    def passes(self, tiles: int, *, alone: bool, filtered: bool) -> Iterator[HopperPass]:
+        """Cut a sweep into launches.
+
+        Parameters
+        ----------
+        tiles : int
+            Row tiles.
+        alone : bool
+            Whether it forms dE alone.
+        filtered : bool
+            Whether it works on kept columns.
+        """
+        each = self.row_tiles if alone else tiles
+        for first in range(0, tiles, each):
+            number = min(each, tiles - first)
+            yield HopperPass(first, number, 0 if filtered else self._chunk_blocks(number))
+
+    def _chunk_blocks(self, tiles: int) -> int:
+        if self.pairs_in_one // tiles >= whole(self.order_blocks * ORDER_BLOCK, _LIST_UNIT):
+            return self.order_blocks
+        return max(self.pairs // tiles // _LIST_UNIT * (_LIST_UNIT // ORDER_BLOCK), 1)
+
+
+def plan_hopper_backward(
+    problem: Problem, processors: int, *, together: bool, filtered: bool
+) -> HopperBackward | None:
+    """Cut the backward so that its records, lists and unfinished sums fit into the workspace.
+
+    One pass over all row tiles forms both gradients, if the low halves of unfinished dE leave
+    half of the room. Else dE is formed for some row tiles at a time, and dC in a pass of its own,
+    which computes dz twice.
+
+    Parameters
+    ----------
+    problem : Problem
+    processors : int
+        Multiprocessors of the device.
+    together : bool
+        Whether both gradients may come from one pass: the filter treats them alike.
+    filtered : bool
+        Whether any pass works on kept columns.
+
+    Returns
+    -------
+    HopperBackward or None
+        None where the workspace is too small, or there are more row tiles than fit.
+    """
+    tiles = -(-problem.tokens // ROW_TILE)
+    order_blocks, tile_words = -(-problem.vocab // ORDER_BLOCK), -(-tiles // 32)
+    if tiles > _MOST_ROW_TILES or tiles * order_blocks * ORDER_BLOCK > _LONGEST:
+        return None
+    order = {}
+    if filtered:
+        order = {
+            "order_column": 4 * problem.vocab,
+            "order_word": tiles * order_blocks * ORDER_BLOCK // 8,
+            "order_before": 4 * tiles * (order_blocks + 1),
+            "order_tiles": 2 * 4 * order_blocks * tile_words,
+            "order_block": 4 * order_blocks,
+            "order_chunk": 4 * (order_blocks + 2),
+        }
+    # OrderScratch of kernels_cu/sm90/order.cu.
+    scratch = (
+        2 * 4 * problem.vocab,
+        2 * 4 * problem.vocab,
+        4 * problem.vocab * tile_words,
+        4 * processors * ORDER_DIGITS,
+        4 * (order_blocks + 1),
+        4 * order_blocks,
+    )
+    ends = tuple(itertools.accumulate(whole(size, _ALIGNMENT) for size in scratch))
+    allowed = problem.workspace_bytes or DEFAULT_WORKSPACE_BYTES
+    each = _RECORD_BYTES + 4 + (4 if problem.has_bias else 0)
+    rest = allowed - sum(whole(size, _ALIGNMENT) for size in order.values())
+    most = tiles * whole(order_blocks * ORDER_BLOCK, _LIST_UNIT)
+    in_one = min(rest // each, most)
+    # A block of columns of all row tiles, and what rounds their lists up.
+    least = tiles * (ORDER_BLOCK + _LIST_UNIT - 1)
+    if in_one < min(least, most):
+        return None
+
+    def low_bytes(row_tiles: int) -> int:
+        return 0 if in_one == most else whole(2 * ROW_TILE * row_tiles * problem.dim, _ALIGNMENT)
+
+    def pairs(row_tiles: int) -> int:
+        return in_one - -(-low_bytes(row_tiles) // _RECORD_BYTES)
+
+    row_tiles = tiles
+    fits = pairs(tiles) >= min(max(least, in_one // 2), most)
+    while not fits and row_tiles > 1:
+        row_tiles = -(-row_tiles // 2)
+        fits = pairs(row_tiles) >= max(least, in_one // 2)
+    if not fits:
+        return None
+    records = in_one * _RECORD_BYTES
+    return HopperBackward(
+        blocks=processors,
+        together=together and row_tiles == tiles,
+        row_tiles=row_tiles,
+        order_blocks=order_blocks,
+        tile_words=tile_words,
+        pairs=pairs(row_tiles),
+        pairs_in_one=in_one,
+        low_offset=records - low_bytes(row_tiles),
+        scratch=(0, *ends[:-1]),
+        room={
+            **order,
+            "list": 4 * in_one,
+            "dz_sum": 4 * in_one if problem.has_bias else 0,
+            "records": max(records, ends[-1] if filtered else 0),
+        },
     )

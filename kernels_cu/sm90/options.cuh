@@ -15,18 +15,6 @@ __device__ __forceinline__ void take_best(float& best, int& argmax, float other,
   }
 }
 
-// tanh within 4e-7 of itself, without a branch.
-__device__ __forceinline__ float fast_tangent(float x) {
-  const float square = x * x;
-  float series = fmaf(square, 62.0f / 2835.0f, -17.0f / 315.0f);
-  series = fmaf(series, square, 2.0f / 15.0f);
-  series = fmaf(series, square, -1.0f / 3.0f);
-  series = fmaf(series * square, x, x);
-  const float shrunk = power_of_two(-2.0f * kLog2E * fabsf(x));
-  const float quotient = copysignf(__fdividef(1.0f - shrunk, 1.0f + shrunk), x);
-  return fabsf(x) < 0.25f ? series : quotient;
-}
-
 // Whether logits are the products as they are.
 __device__ __forceinline__ bool is_plain(const ForwardArguments& call) {
   return call.bias == nullptr && call.options.scale == 1.0 && call.options.softcap <= 0.0;

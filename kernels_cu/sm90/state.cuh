@@ -3,13 +3,13 @@
 
 #include "../columns.cuh"
 #include "../logits.cuh"
+#include "functions.cuh"
 #include "tile.cuh"
 
 namespace cce {
 
 constexpr int kConsumers = 2;  // warp groups that multiply and sum
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLowest = -1e30f;   // reference of a row that has none yet: its target's is too far
 constexpr float kFar = -128.0f;     // below what is likely to be near the largest, in powers of two
 constexpr float kHighest = 1e30f;   // that of a row that is not there; sums beyond it are too large
@@ -83,15 +83,6 @@ __device__ __forceinline__ int ordered(float x) {
 }
 __device__ __forceinline__ float from_ordered(int x) {
   return __int_as_float(x >= 0 ? x : x ^ 0x7FFFFFFF);
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-__device__ __forceinline__ float quad_largest(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
 // A thread's two rows of a block of 64: their exponent, the sums of this thread's columns, and the

@@ -2,15 +2,14 @@
 #pragma once
 
 #include "../rows.cuh"
+#include "operand.cuh"
 #include "pipeline.cuh"
 
 namespace cce {
 
 constexpr int kTileM = kRowTile;
 constexpr int kTileN = 192;
-constexpr int kTileK = 64;  // 128 bytes: the width of the swizzle
 constexpr int kStages = 5;
-constexpr int kGroupThreads = 128;  // threads of a warp group
 constexpr int kBlocksM = kTileM / 64;  // blocks of rows of one matrix instruction
 constexpr int kSums = kTileN / 2;  // a thread's of one block
 
@@ -35,24 +34,16 @@ struct SumPlace {
 };
 constexpr int kSpans = kTileN / 8;  // of eight columns
 
-// How the matrix unit finds an operand whose rows lie along the depth: rows of 128 swizzled bytes,
-// groups of eight 1024 bytes apart.
-__device__ __forceinline__ uint64 operand(const Storage* tile) {
-  return static_cast<uint64>((shared_address(tile) & 0x3FFFF) >> 4) | uint64(1) << 16 |
-         uint64(1024 >> 4) << 32 | uint64(1) << 62;
-}
-
 // Start the products of a stage; they are done when the group that they are committed to is.
 __device__ __forceinline__ void start_products(float (&sums)[kBlocksM][kSums], const Stage& stage,
                                                bool first) {
-  const uint64 e = operand(stage.e), c = operand(stage.c);
+  const uint64 e = along_depth(stage.e), c = along_depth(stage.c);
 #pragma unroll
   for (int step = 0; step < kTileK / 16; ++step) {
-    constexpr uint64 kAdvance = 32 >> 4;  // bytes of 16 elements, in words
     constexpr uint64 kBlock = 64 * kTileK * sizeof(Storage) >> 4;
 #pragma unroll
     for (int m = 0; m < kBlocksM; ++m)
-      product_64x192x16(sums[m], e + m * kBlock + step * kAdvance, c + step * kAdvance,
+      product_64x192x16(sums[m], e + m * kBlock + step * kAdvanceAlong, c + step * kAdvanceAlong,
                         !first || step > 0);
   }
   product_commit();

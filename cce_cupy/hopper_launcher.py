@@ -1,0 +1,126 @@
+"""The launches of the backward on Hopper: the columns' order, then all chunks in one launch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .launcher import Launcher
+from .plan import (
+    ORDER_THREADS,
+    ROW_TILE,
+    HopperBackward,
+    HopperPass,
+    Sweep,
+    Wanted,
+    needed_sweeps,
+)
+from .tensor_map import tensor_map
+
+_THREADS = 384
+"""kThreads of kernels_cu/sm90/backward.cuh."""
+
+_BOX = 64
+"""kTileK of kernels_cu/sm90/operand.cuh: rows and columns of the boxes that are copied."""
+
+_COUNTERS = 32
+"""Bytes of the counters of a pass; before them stands the largest factor."""
+
+
+class _Outputs(NamedTuple):
+    """Addresses of what a backward reads from the forward and of what it writes."""
+
+    bits: int
+    unbounded: int
+    de: int
+    dc: int
+    dbias: int
+    passed: int
+    wanted: Wanted
+
+
+class HopperLauncher(Launcher):
+    """The launches of one call whose backward runs on Hopper's matrix units."""
+
+    def backward(
+        self,
+        *,
+        dloss: int,
+        dlse: int,
+        bits: int,
+        unbounded: int,
+        de: int,
+        dc: int,
+        dbias: int,
+        passed: int,
+        wanted: Wanted,
+    ) -> None:
+        """Form the wanted gradients."""
+        problem, plan, room = self.problem, self.plan, self.room
+        cut = plan.hopper_backward
+        assert cut is not None
+        self.row_factors(dloss, dlse)
+        self.fill_words(room["counters"], plan.backward["counters"])
+        if problem.dtype == "float16":
+            self.launch(
+                "sm90/factors", "largest_factor", (1, 1), (1024, 1), room["count"],
+                room["factor_softmax"], room["factor_onehot"], room["counters"],
+            )  # fmt: skip
+        if self.rank_one:
+            self.smoothing_sums(wanted)
+            for wants, name in ((wanted.e, "classifier"), (wanted.c, "embedding")):
+                if wants:
+                    self.launch(
+                        "sm90/factors", "sum_parts", (-(-problem.dim // 256), 1), (256, 1),
+                        room[f"smoothing_{name}"], plan.smoothing_parts, problem.dim,
+                        room[f"{name}_total"],
+                    )  # fmt: skip
+        outputs = _Outputs(bits, unbounded, de, dc, dbias, passed, wanted)
+        counters = room["counters"]
+        for sweep in needed_sweeps(plan.sweeps, wanted):
+            for part in cut.passes(plan.tiles, alone=not sweep.c, filtered=sweep.filtered):
+                counters += _COUNTERS
+                self._pass(cut, sweep, part, counters, outputs)
+
+    def _pass(
+        self, cut: HopperBackward, sweep: Sweep, part: HopperPass, counters: int, outputs: _Outputs
+    ) -> None:
+        """Order the columns that a pass keeps, and work through them."""
+        problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
+        names = ("column", "word", "before", "tiles", "block", "chunk")
+        order = (
+            *(room[f"order_{name}"] if sweep.filtered else 0 for name in names),
+            problem.vocab, cut.order_blocks, cut.tile_words, part.chunk_blocks,
+        )  # fmt: skip
+        ordered, queue, arrived = counters, counters + 8, counters + 16
+        if sweep.filtered:
+            self.launch(
+                "sm90/order", "order_columns", (cut.blocks, 1), (ORDER_THREADS, 1),
+                room["count"], outputs.bits + 4 * plan.words * part.first_tile, plan.words,
+                outputs.unbounded + 4 * part.first_tile, part.first_tile, part.tiles,
+                cut.pairs, cut.pairs_in_one, *order,
+                *(room["records"] + at for at in cut.scratch), ordered,
+                cooperative=True,
+            )  # fmt: skip
+        shape = problem.tokens, problem.dim
+        e_map = tensor_map(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, (_BOX, _BOX))
+        shape = cut.pairs_in_one, ROW_TILE
+        dz_map = tensor_map(room["records"], shape, ROW_TILE, problem.dtype, (_BOX, _BOX))
+        rank_one, wanted = self.rank_one, outputs.wanted
+        wants_e, wants_c = sweep.e and wanted.e, sweep.c and wanted.c
+        with_bias = sweep.c and wanted.bias
+        in_columns = problem.filter_c_grad and (wanted.c or wanted.bias)
+        counts = sweep.filtered and (sweep.c or not in_columns)
+        smoothing = room["smoothing"] if plan.smooths else 0
+        self.launch(
+            "sm90/backward", "backward", (cut.blocks, 1), (_THREADS, 1), e_map, dz_map,
+            *self.e, *self.c, *self.map, inputs.bias, 0 if rank_one else smoothing, problem.dim,
+            *self.logit_options, *(self.filter() if sweep.filtered else (0.0, 1.0, False)),
+            part.first_tile, part.tiles, *order, room["row_lse"], *self.factors(),
+            room["counters"], room["list"], room["records"], room["dz_sum"] if with_bias else 0,
+            room["records"] + cut.low_offset, smoothing if rank_one else 0,
+            room["classifier_total"] if rank_one and wants_e else 0,
+            room["embedding_total"] if rank_one and wants_c else 0,
+            room["smoothing_rows"], outputs.de if wants_e else 0, outputs.dc if wants_c else 0,
+            outputs.dbias if with_bias else 0, outputs.passed if counts else 0, queue, arrived,
+            cooperative=True,
+        )  # fmt: skip

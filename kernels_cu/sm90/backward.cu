@@ -1,0 +1,68 @@
+// The backward on Hopper: one launch that goes through the chunks of the columns, in each forming dz of
+// all row tiles, then what it brings to dE and all of its columns' dC.
+
+#include "dlogits.cuh"
+#include "products.cuh"
+
+using namespace cce;
+
+// A cooperative launch of one block for each multiprocessor.
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    backward(const __grid_constant__ TensorMap e_map, const __grid_constant__ TensorMap dz_map,
+             const __grid_constant__ BackwardArguments call) {
+  extern __shared__ unsigned char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(
+      memory + (alignof(Stage) - shared_address(memory) % alignof(Stage)) % alignof(Stage));
+  if (threadIdx.x == 0) {
+    shared.seed = *call.map.seed;
+    for (int i = 0; i < kStages; ++i) {
+      // One for the bytes that are expected, one for each thread that copies words.
+      mbarrier_init(shared_address(&shared.ring.full[i]), 1 + kGroupThreads);
+      mbarrier_init(shared_address(&shared.ring.empty[i]), kConsumers);
+    }
+    for (int i = 0; i < kItemSlots; ++i) mbarrier_init(shared_address(&shared.item_ready[i]), 1);
+    fence_barrier_init();
+    fence_async_proxy();
+  }
+  __syncthreads();
+  const int64 count = *call.map.count;
+  const int row_tiles = count_row_tiles(count, call.first_tile, static_cast<int>(call.tiles));
+  const int64 thread = blockIdx.x * static_cast<int64>(kThreads) + threadIdx.x;
+  const int64 threads = gridDim.x * static_cast<int64>(kThreads);
+  const int chunks = call.order.chunks();
+  GridBarrier<kEverybody, kThreads> barrier{call.arrived};
+  Queue queue{call.queue};
+  RingPlace<kStages> place;
+  fill_background(call, call.order.first_block(chunks), thread, threads);
+
+  // What all threads do before dz of a chunk.
+  auto prepare = [&](const Chunk& chunk) {
+    if (threadIdx.x / 32 == 0) place_lists(shared, call.order, chunk, row_tiles);
+    named_sync<kEverybody, kThreads>();
+    fill_lists(shared, call, chunk, row_tiles, thread, threads);
+    barrier.wait();
+  };
+  if (threadIdx.x < kGroupThreads) {
+    give_registers<kCopyRegisters>();
+    for (int k = 0; k < chunks; ++k) {
+      const Chunk chunk(call.order, k);
+      prepare(chunk);
+      copy_logits(shared, e_map, call, chunk, row_tiles, count, queue, place);
+      barrier.wait();
+      copy_gradients(shared, e_map, dz_map, call, chunk, row_tiles, count, queue, place);
+      barrier.wait();
+    }
+  } else {
+    take_registers<kSumRegisters>();
+    for (int k = 0; k < chunks; ++k) {
+      const Chunk chunk(call.order, k);
+      prepare(chunk);
+      form_dlogits(shared, call, chunk, row_tiles, count, queue, place);
+      fence_async_proxy_everywhere();
+      barrier.wait();
+      if (call.dbias != nullptr) form_bias(shared, call, chunk, row_tiles);
+      form_gradients(shared, call, chunk, row_tiles, count, k == 0, k == chunks - 1, queue, place);
+      barrier.wait();
+    }
+  }
+}

@@ -1,0 +1,279 @@
+// What the parts of the backward on Hopper share: its arguments, its shared memory, the chunk at hand,
+// and how work is handed out.
+#pragma once
+
+#include "../logits.cuh"
+#include "grid.cuh"
+#include "operand.cuh"
+#include "order.cuh"
+#include "pipeline.cuh"
+
+namespace cce {
+
+constexpr int kStages = 4;
+constexpr int kConsumers = 2;   // warp groups that multiply; another copies
+constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
+constexpr int kWidth = 256;     // elements of D whose gradients are formed at once
+constexpr int kSpread = kWidth / kTileK;
+constexpr int kWordBytes = 16;
+constexpr int kWordElements = kWordBytes / sizeof(Storage);
+constexpr int kWordsOfRow = kTileK / kWordElements;
+constexpr int kRowStep = kGroupThreads / kWordsOfRow;  // rows that the threads copy a word of at once
+constexpr int kItemSlots = 8;
+constexpr int kCopyRegisters = 80;
+constexpr int kSumRegisters = 216;
+constexpr int kRemoved = 1 << 31;  // in a list: the row of c counts as zeros
+constexpr int kNobody = -1;        // in a list: past its end
+
+constexpr int kEverybody = 1;  // named barriers; 0 is __syncthreads
+constexpr int kOfGroup = 2;    // and one more
+
+static_assert(kRowStep % 8 == 0, "a thread's rows have one swizzle");
+
+struct LogitStage {
+  Storage c[kPairs * kTileK];
+  Storage e[kRowTile * kTileK];
+};
+struct EmbeddingStage {
+  Storage dz[2][kTileK * kTileK];  // (halves of the rows, pairs, rows)
+  Storage c[kSpread][kTileK * kTileK];
+};
+struct ClassifierStage {
+  Storage dz[kOrderBlock * kTileK];  // (columns, rows)
+  Storage e[kSpread][kTileK * kTileK];
+};
+union alignas(1024) Stage {
+  LogitStage logits;
+  EmbeddingStage embedding;
+  ClassifierStage classifier;
+};
+
+// What the rows of a tile bring to dz.
+struct RowFactors {
+  const float* softmax;
+  const float* onehot;
+  const float* smoothing;
+};
+struct TileFactors {
+  float lse[kRowTile];  // in powers of two
+  float softmax[kRowTile];
+  float onehot[kRowTile];
+  float smoothing[kRowTile];
+  int target[kRowTile];
+};
+
+struct Shared {
+  Stage stage[kStages];
+  RingBarriers<kStages> ring;
+  uint64 item_ready[kItemSlots];
+  int item[kItemSlots];
+  TileFactors factors[kConsumers];
+  int start[kMostRowTiles];   // of each row tile: where its pairs start, as if it kept none before
+  int pairs[kMostRowTiles];
+  int most_items;
+  uint64 seed;
+};
+
+// What the host must give a launch; a stage may have to move up to where its alignment is.
+static_assert(sizeof(Shared) + alignof(Stage) == 220160, "_BACKWARD_SHARED_BYTES of compiler.py");
+
+struct BackwardArguments {
+  Matrix e;
+  Matrix c;
+  RowMap map;
+  const Storage* bias;
+  const float* smoothing;  // of each class: where it is not of rank one
+  int64 dim;
+  LogitOptions options;
+  Filter filter;
+  int64 first_tile;  // of the sweep
+  int64 tiles;
+  ColumnOrder order;
+  const float* row_lse;
+  RowFactors factors;
+  const uint32* largest;  // of the rows' factors, as an integer
+  int* list;              // column of each pair, those of a row tile after each other
+  Storage* dz;            // (pairs, kRowTile)
+  float* dz_sum;          // of each pair over its rows; or null
+  unsigned short* low;    // (rows of the sweep, D): low halves of unfinished sums; the high ones wait in de
+  const float* smoothing_class;     // the same where it is of rank one: of each class, or null
+  const float* smoothing_classifier;  // sum over the classes of their smoothing times c
+  const float* smoothing_embedding;   // sum over the rows of their smoothing times e
+  const double* smoothing_rows;       // sum over the rows
+  Storage* de;     // or null, as those behind it
+  Storage* dc;
+  Storage* dbias;
+  unsigned long long* passed;
+  int* queue;      // zeros before
+  int* arrived;
+};
+
+// Records of float16 are scaled to where it has its digits: the rows' factors may be as small as one
+// over the number of tokens. A power of two.
+__device__ __forceinline__ float record_scale(const uint32* largest) {
+#if CCE_DTYPE == 2
+  const int exponent = static_cast<int>(*largest >> 23) - 127;
+  // Nothing to scale, or nothing that scaling would help.
+  if (exponent <= -127 || exponent >= 128) return 1.0f;
+  return exp2f(static_cast<float>(min(13 - exponent, 126)));
+#else
+  return 1.0f;
+#endif
+}
+
+// The rows of a tile: whether one copy of a box brings them all, and nothing else.
+struct SweepTile {
+  int64 top;
+  int number;
+  int source;
+  bool follow;
+
+  __device__ __forceinline__ SweepTile(const BackwardArguments& call, int64 count, int tile) {
+    top = (call.first_tile + tile) * kRowTile;
+    number = static_cast<int>(min(count - top, static_cast<int64>(kRowTile)));
+    source = static_cast<int>(call.map.source[top]);
+    // Rows past the last must be zeros: what stands there in e may not even be a number.
+    follow = number == kRowTile && call.map.source[top + kRowTile - 1] - source == kRowTile - 1;
+  }
+};
+
+// Where a 16-byte word of a row lies in a tile of rows of 128 bytes.
+__device__ __forceinline__ uint32 word_place(int row, int word) {
+  return (row * kWordsOfRow + (word ^ row % 8)) * kWordBytes;
+}
+
+// The blocks of the order that are worked on at a time, and where their pairs lie.
+struct Chunk {
+  int first;
+  int last;
+
+  __device__ __forceinline__ Chunk(const ColumnOrder& order, int number)
+      : first(order.first_block(number)), last(order.first_block(number + 1)) {}
+};
+
+// Lists are whole items. One warp.
+__device__ __forceinline__ void place_lists(Shared& shared, const ColumnOrder& order,
+                                            const Chunk& chunk, int row_tiles) {
+  const int lane = threadIdx.x % 32;
+  int end = 0, most = 0;
+  for (int first = 0; first < row_tiles; first += 32) {
+    const int tile = first + lane;
+    int before = 0, pairs = 0;
+    if (tile < row_tiles) {
+      before = order.kept_before(tile, chunk.first);
+      pairs = order.kept_before(tile, chunk.last) - before;
+    }
+    const int items = (pairs + kPairs - 1) / kPairs;
+    int upto = items;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(~0u, upto, step);
+      if (lane >= step) upto += other;
+    }
+    if (tile < row_tiles) {
+      shared.start[tile] = (end + upto - items) * kPairs - before;
+      shared.pairs[tile] = pairs;
+    }
+    end += __shfl_sync(~0u, upto, 31);
+    most = max(most, static_cast<int>(__reduce_max_sync(~0u, items)));
+  }
+  if (lane == 0) shared.most_items = most;
+}
+
+// Write the lists of a chunk, and past their ends that nobody is there.
+__device__ __forceinline__ void fill_lists(const Shared& shared, const BackwardArguments& call,
+                                           const Chunk& chunk, int row_tiles, int64 thread,
+                                           int64 threads) {
+  const ColumnOrder& order = call.order;
+  const int blocks = chunk.last - chunk.first;
+  const float lowest = -static_cast<float>(infinity());
+  for (int64 i = thread; i < static_cast<int64>(row_tiles) * blocks; i += threads) {
+    const int tile = static_cast<int>(i / blocks), block = chunk.first + static_cast<int>(i % blocks);
+    int* to = call.list + shared.start[tile] + order.kept_before(tile, block);
+    for (int k = 0; k < kWordsOfBlock; ++k)
+      for (uint32 rest = order.kept_word(tile, block, k); rest != 0; rest &= rest - 1) {
+        const int place = block * kOrderBlock + k * kColumnChunk + __ffs(rest) - 1;
+        const int column = order.column_at(place);
+        const bool removed = call.bias != nullptr && widen(call.bias[column]) == lowest;
+        *to++ = removed ? column | kRemoved : column;
+      }
+  }
+  for (int64 i = thread; i < static_cast<int64>(row_tiles) * kPairs; i += threads) {
+    const int tile = static_cast<int>(i / kPairs), x = static_cast<int>(i % kPairs);
+    const int pairs = shared.pairs[tile], at = pairs / kPairs * kPairs + x;
+    const int start = shared.start[tile] + order.kept_before(tile, chunk.first);
+    if (pairs % kPairs != 0 && at >= pairs) call.list[start + at] = kNobody;
+  }
+}
+
+// Hands out the numbers 0, 1, ... of a phase to blocks as they come for them. The counter goes on from
+// phase to phase: each block takes one number too many in each.
+struct Queue {
+  int* counter;
+  int base = 0;   // of this phase
+  int taken = 0;  // items that this block has seen, in all phases
+  int next = 0;   // of the thread that takes them
+
+  __device__ __forceinline__ bool takes() const { return threadIdx.x == 0; }
+  __device__ __forceinline__ int take() { return atomicAdd(counter, 1) - base; }
+
+  __device__ __forceinline__ void start() {
+    if (takes()) next = take();
+  }
+  // One thread publishes the next number for which `valid` holds, or one past `limit`; all return it.
+  template <typename Valid>
+  __device__ __forceinline__ int publish(Shared& shared, int limit, Valid valid) {
+    const int slot = taken++ % kItemSlots;
+    if (takes()) {
+      while (next < limit && !valid(next)) next = take();
+      shared.item[slot] = next;
+      mbarrier_arrive(shared_address(&shared.item_ready[slot]), 1);
+      // It is on its way while this one is worked on.
+      if (next < limit) next = take();
+    }
+    --taken;
+    return receive(shared);
+  }
+  __device__ __forceinline__ int receive(Shared& shared) {
+    const int slot = taken % kItemSlots;
+    wait_for(shared.item_ready[slot], taken / kItemSlots & 1);
+    ++taken;
+    return shared.item[slot];
+  }
+  __device__ __forceinline__ void finish(int limit) { base += limit + static_cast<int>(gridDim.x); }
+};
+
+// Give a stage back to those who fill it. One thread of each group that multiplies.
+__device__ __forceinline__ void release(const uint64& empty) {
+  if (threadIdx.x % kGroupThreads == 0) mbarrier_arrive(shared_address(&empty), 1);
+}
+
+// Lanes `step` apart exchange the one word for the other: each gets its own of both.
+__device__ __forceinline__ void exchange(uint32& low, uint32& high, bool upper, int step) {
+  const uint32 other = __shfl_xor_sync(~0u, upper ? low : high, step);
+  // Values, not a choice of places: words would lie in memory for that.
+  low = upper ? other : low;
+  high = upper ? high : other;
+}
+
+// Exchange words over the four lanes of a quad: word i of lane q becomes word q of lane i. By value:
+// arrays that loops fill do not always end up in registers.
+__device__ __forceinline__ uint4 transpose_quad(uint4 word, int q) {
+  exchange(word.x, word.y, q & 1, 1);
+  exchange(word.z, word.w, q & 1, 1);
+  exchange(word.x, word.z, q & 2, 2);
+  exchange(word.y, word.w, q & 2, 2);
+  return word;
+}
+
+// Two numbers, rounded, in one word; the first in its low half.
+__device__ __forceinline__ uint32 narrow_pair(float first, float second) {
+#if CCE_DTYPE == 2
+  const __half2 pair = __floats2half2_rn(first, second);
+#else
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+#endif
+  return *reinterpret_cast<const uint32*>(&pair);
+}
+
+}  // namespace cce

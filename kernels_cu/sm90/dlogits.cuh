@@ -1,0 +1,314 @@
+// dz on Hopper: logits of listed columns once more, 256 of a row tile at a time, columns as rows of the
+// product, so that a record of dz holds the rows of a tile next to each other.
+#pragma once
+
+#include "backward.cuh"
+#include "functions.cuh"
+
+namespace cce {
+
+constexpr int kBlocksM = kPairs / kConsumers / 64;  // of one matrix instruction, for each group
+constexpr int kLogits = kRowTile / 2;               // a thread's of one block
+constexpr uint32 kNoWord = ~0u;
+
+// 256 pairs of a row tile. Numbers are dealt out so that lists of any length come to their ends together:
+// all blocks walk the order of the columns side by side and meet in the L2.
+struct LogitItem {
+  int tile;
+  int number;  // of the tile's items
+  bool there;
+
+  __device__ __forceinline__ LogitItem(const Shared& shared, int row_tiles, int at) {
+    const int turn = at / row_tiles;
+    tile = at - turn * row_tiles;
+    const int64 items = (shared.pairs[tile] + kPairs - 1) / kPairs, most = shared.most_items;
+    number = static_cast<int>(turn * items / most);
+    there = static_cast<int>((turn + 1) * items / most) > number;
+  }
+};
+
+__device__ __forceinline__ int64 first_pair(const Shared& shared, const BackwardArguments& call,
+                                            const Chunk& chunk, const LogitItem& item) {
+  return shared.start[item.tile] + call.order.kept_before(item.tile, chunk.first) +
+         item.number * kPairs;
+}
+
+__device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_map,
+                                            const BackwardArguments& call, const Chunk& chunk,
+                                            int row_tiles, int64 count, Queue& queue,
+                                            RingPlace<kStages>& place) {
+  constexpr int kColumnsOfThread = kPairs / kRowStep, kRowsOfThread = kRowTile / kRowStep;
+  const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
+  const int steps = (dim + kTileK - 1) / kTileK;
+  const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
+  const uint32 in_tile = word_place(first, word);
+  const int limit = shared.most_items * row_tiles;
+  auto valid = [&](int at) { return LogitItem(shared, row_tiles, at).there; };
+  queue.start();
+  for (int at; (at = queue.publish(shared, limit, valid)) < limit;) {
+    const LogitItem item(shared, row_tiles, at);
+    const SweepTile rows(call, count, item.tile);
+    const int* list = call.list + first_pair(shared, call, chunk, item);
+    // Of this thread's words: one of eight in each of sixteen columns. Of removed entries the product
+    // does not matter.
+    uint32 word_of_column[kColumnsOfThread];
+#pragma unroll
+    for (int i = 0; i < kColumnsOfThread; ++i) {
+      const int column = list[first + i * kRowStep];
+      word_of_column[i] =
+          column < 0 ? kNoWord : static_cast<uint32>(column * (call.c.stride / kWordElements)) + word;
+    }
+    for (int step = 0; step < steps; ++step, place.next()) {
+      LogitStage& stage = shared.stage[place.stage].logits;
+      wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
+      const uint32 full = shared_address(&shared.ring.full[place.stage]);
+      const int d = step * kTileK + word * kWordElements;
+      const uint32 bytes = d < dim ? kWordBytes : 0;
+      if (thread == 0) {
+        if (rows.follow) {
+          mbarrier_expect_bytes(full, sizeof(stage.e));
+          for (int half = 0; half < 2; ++half)
+            copy_box(shared_address(stage.e + half * kTileK * kTileK), e_map, step * kTileK,
+                     rows.source + half * kTileK, full, kEvictLast);
+        } else {
+          mbarrier_arrive(full, 1);
+        }
+      }
+      const uint32 c = shared_address(stage.c) + in_tile;
+#pragma unroll
+      for (int i = 0; i < kColumnsOfThread; ++i) {
+        const bool none = word_of_column[i] == kNoWord;
+        const uint64 at = none ? 0 : word_of_column[i] + step * kWordsOfRow;
+        copy_word(c + i * kRowStep * kTileK * sizeof(Storage), call.c.data + at * kWordElements,
+                  none ? 0 : bytes);
+      }
+      if (!rows.follow) {
+        const uint32 e = shared_address(stage.e) + in_tile;
+#pragma unroll
+        for (int i = 0; i < kRowsOfThread; ++i) {
+          const int row = first + i * kRowStep;
+          const bool there = row < rows.number;
+          const int64 source = call.map.source[rows.top + (there ? row : 0)];
+          copy_word(e + i * kRowStep * kTileK * sizeof(Storage), call.e.row(source) + d,
+                    there ? bytes : 0);
+        }
+      }
+      arrive_after_words(full);
+    }
+  }
+  queue.finish(limit);
+}
+
+// Start the products of a stage: a group's half of the columns with all rows.
+__device__ __forceinline__ void start_logits(float (&z)[kBlocksM][kLogits], const LogitStage& stage,
+                                             int consumer, bool first) {
+  const uint64 c = along_depth(stage.c + consumer * kBlocksM * 64 * kTileK);
+  const uint64 e = along_depth(stage.e);
+#pragma unroll
+  for (int step = 0; step < kTileK / 16; ++step) {
+    constexpr uint64 kBlock = 64 * kTileK * sizeof(Storage) >> 4;
+#pragma unroll
+    for (int m = 0; m < kBlocksM; ++m)
+      product_64x128x16(z[m], c + m * kBlock + step * kAdvanceAlong, e + step * kAdvanceAlong,
+                        !first || step > 0);
+  }
+  product_commit();
+}
+
+// What the rows of a tile bring; those past the last bring nothing.
+__device__ __forceinline__ void read_factors(TileFactors& factors, const BackwardArguments& call,
+                                             const SweepTile& rows) {
+  const int thread = threadIdx.x % kGroupThreads;
+  const bool there = thread < rows.number;
+  const int64 row = rows.top + thread;
+  factors.lse[thread] = there ? call.row_lse[row] * kLog2E : static_cast<float>(infinity());
+  factors.softmax[thread] = there ? call.factors.softmax[row] : 0.0f;
+  factors.onehot[thread] = there ? call.factors.onehot[row] : 0.0f;
+  factors.smoothing[thread] = there ? call.factors.smoothing[row] : 0.0f;
+  factors.target[thread] = there ? static_cast<int>(call.map.target[row]) : -1;
+}
+
+// A column that a thread holds: half of a span of each eight rows.
+struct OwnColumn {
+  int64 pair;
+  int column;    // -1: none
+  bool removed;
+  float bias;
+
+  __device__ __forceinline__ OwnColumn(const BackwardArguments& call, int64 at) : pair(at) {
+    const int entry = call.list[at];
+    removed = entry < 0;
+    column = entry == kNobody ? -1 : entry & ~kRemoved;
+    bias = call.bias == nullptr || column < 0 ? 0.0f : widen(call.bias[column]);
+  }
+};
+
+constexpr int kSpans = kRowTile / 8;
+__device__ __forceinline__ constexpr int sum_index(int span, int half, int side) {
+  return 4 * span + 2 * half + side;
+}
+
+// Logits in place, but for removed entries.
+__device__ __forceinline__ void make_logits(float (&z)[kLogits], const BackwardArguments& call,
+                                            const OwnColumn& own, int half) {
+  const float lowest = -static_cast<float>(infinity());
+  const float scale = static_cast<float>(call.options.scale);
+  const float cap = static_cast<float>(call.options.softcap), inverse = 1.0f / cap;
+#pragma unroll
+  for (int j = 0; j < kSpans; ++j)
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      float& logit = z[sum_index(j, half, side)];
+      logit = fmaf(logit, scale, own.bias);
+      if (logit == lowest) logit = static_cast<float>(not_a_number());
+      // z * 0 is NaN for an infinity, which tanh would turn into a number.
+      if (cap > 0.0f) logit = fmaf(logit, 0.0f, cap * fast_tangent(logit * inverse));
+    }
+}
+
+// The weight of a column by the exact test; comparisons are written so that a NaN is kept.
+__device__ __forceinline__ float column_weight(const Filter& filter, uint64 seed, int64 tile,
+                                               int column, float largest) {
+  const float eps = static_cast<float>(filter.eps);
+  if (!(largest < eps)) return 1.0f;
+  if (!filter.unbiased) return 0.0f;
+  const float u = uniform(seed, tile, column / kColumnChunk);
+  return largest < eps * u ? 0.0f : eps / largest;
+}
+
+// From products to records of dz: of 64 columns in a group's registers.
+__device__ __forceinline__ void finish_logits(float (&z)[kLogits], const Shared& shared,
+                                              const TileFactors& factors,
+                                              const BackwardArguments& call, int64 tile,
+                                              int64 first_pair, float scale, int lane, int warp) {
+  const int q = lane % 4;
+  const bool plain = call.bias == nullptr && call.options.scale == 1.0 && call.options.softcap <= 0.0;
+  const bool capped = call.options.softcap > 0.0;
+  const bool filtered = call.filter.eps > 0.0;
+  const float inverse_cap = capped ? 1.0f / static_cast<float>(call.options.softcap) : 0.0f;
+  uint32 passed = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const OwnColumn own(call, first_pair + warp * 16 + lane / 4 + 8 * half);
+    if (!plain) make_logits(z, call, own, half);
+    float weight = own.column < 0 ? 0.0f : 1.0f;
+    if (filtered || !capped) {
+      // Probabilities; with a softcap the logits are wanted again.
+      uint32 largest = 0;
+#pragma unroll
+      for (int j = 0; j < kSpans; ++j) {
+        const int row = 8 * j + 2 * q;
+        const float2 lse = *reinterpret_cast<const float2*>(&factors.lse[row]);
+        const int2 target = *reinterpret_cast<const int2*>(&factors.target[row]);
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          float& logit = z[sum_index(j, half, side)];
+          float p = power_of_two(fmaf(logit, kLog2E, -(side == 0 ? lse.x : lse.y)));
+          if (own.removed) p = 0.0f;
+          const bool is_own = own.column == (side == 0 ? target.x : target.y);
+          largest = max(largest, __float_as_uint(is_own ? 1.0f : p));
+          if (!capped) logit = p;
+        }
+      }
+      if (filtered) {
+        largest = quad_largest(largest);
+        if (own.column >= 0)
+          weight = column_weight(call.filter, shared.seed, tile, own.column, __uint_as_float(largest));
+      }
+    }
+    passed += __popc(__ballot_sync(~0u, q == 0 && weight != 0.0f));
+    const bool keeps = own.column >= 0;
+    const float smoothing =
+        call.smoothing == nullptr || own.column < 0 ? 0.0f : call.smoothing[own.column];
+    float sum = 0.0f;
+    uint4* record = reinterpret_cast<uint4*>(call.dz + own.pair * kRowTile) + q;
+    auto dz_pair = [&](int j) {
+      const int row = 8 * j + 2 * q;
+      const float2 softmax = *reinterpret_cast<const float2*>(&factors.softmax[row]);
+      const float2 onehot = *reinterpret_cast<const float2*>(&factors.onehot[row]);
+      const int2 target = *reinterpret_cast<const int2*>(&factors.target[row]);
+      auto dz = [&](int side) {
+        const float held = z[sum_index(j, half, side)];
+        float p = held;
+        if (capped) {
+          p = power_of_two(fmaf(held, kLog2E, -factors.lse[row + side]));
+          if (own.removed) p = 0.0f;
+        }
+        float x = p * weight * (side == 0 ? softmax.x : softmax.y);
+        if (own.column == (side == 0 ? target.x : target.y)) x -= side == 0 ? onehot.x : onehot.y;
+        if (call.smoothing != nullptr) x -= factors.smoothing[row + side] * smoothing;
+        if (capped) {
+          const float t = held * inverse_cap;
+          x = own.removed ? 0.0f : x * (1.0f - t * t);
+        }
+        // A weight of 0 times NaN is no zero.
+        return keeps ? x * scale : 0.0f;
+      };
+      const float first = dz(0), second = dz(1);
+      sum += first + second;
+      return narrow_pair(first, second);
+    };
+#pragma unroll
+    for (int j = 0; j < kSpans; j += 4)
+      record[j] = transpose_quad(
+          make_uint4(dz_pair(j), dz_pair(j + 1), dz_pair(j + 2), dz_pair(j + 3)), q);
+    if (call.dz_sum != nullptr) {
+      sum = quad_sum(sum);
+      if (q == 0) call.dz_sum[own.pair] = sum;
+    }
+  }
+  if (call.passed != nullptr && lane == 0)
+    atomicAdd(call.passed, static_cast<unsigned long long>(passed));
+}
+
+__device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArguments& call,
+                                             const Chunk& chunk, int row_tiles, int64 count,
+                                             Queue& queue, RingPlace<kStages>& place) {
+  const int consumer = threadIdx.x / kGroupThreads - 1, thread = threadIdx.x % kGroupThreads;
+  const int steps = (static_cast<int>(call.dim) + kTileK - 1) / kTileK;
+  const int limit = shared.most_items * row_tiles;
+  const float scale = record_scale(call.largest);
+  TileFactors& factors = shared.factors[consumer];
+  // Defined here: else it would be held from the chunk before.
+  float z[kBlocksM][kLogits] = {};
+  for (int at; (at = queue.receive(shared)) < limit;) {
+    const LogitItem item(shared, row_tiles, at);
+    // All of the group are done with those of the item before.
+    if (consumer == 0) {
+      named_sync<kOfGroup, kGroupThreads>();
+    } else {
+      named_sync<kOfGroup + 1, kGroupThreads>();
+    }
+    read_factors(factors, call, SweepTile(call, count, item.tile));
+    int done = 0;
+    for (int step = 0; step < steps; ++step) {
+      wait_for(shared.ring.full[place.stage], place.parity);
+      // What words came as is written in the ordinary way, and read by the matrix unit.
+      fence_async_proxy();
+      product_fence();
+      start_logits(z, shared.stage[place.stage].logits, consumer, step == 0);
+      if (step > 0) {
+        product_wait<1>();
+        release(shared.ring.empty[done]);
+      }
+      done = place.stage;
+      place.next();
+    }
+    product_wait<0>();
+    release(shared.ring.empty[done]);
+    if (consumer == 0) {
+      named_sync<kOfGroup, kGroupThreads>();
+    } else {
+      named_sync<kOfGroup + 1, kGroupThreads>();
+    }
+    const int64 first = first_pair(shared, call, chunk, item) + consumer * kBlocksM * 64;
+    // Not a loop: the compiler leaves long ones as they are, with the sums in memory.
+    static_assert(kBlocksM == 2, "each block is finished here");
+    const int64 tile = call.first_tile + item.tile;
+    finish_logits(z[0], shared, factors, call, tile, first, scale, thread % 32, thread / 32);
+    finish_logits(z[1], shared, factors, call, tile, first + 64, scale, thread % 32, thread / 32);
+  }
+  queue.finish(limit);
+}
+
+}  // namespace cce

@@ -1,0 +1,496 @@
+// The two products with dz on Hopper: dE with a row tile in registers and its listed columns as depth, dC
+// with a block of columns in registers and the row tiles that keep any of them as depth.
+#pragma once
+
+#include "backward.cuh"
+
+namespace cce {
+
+constexpr int kGradients = kWidth / 2;  // a thread's sums, of 64 rows
+
+__device__ __forceinline__ int count_parts(const BackwardArguments& call) {
+  return static_cast<int>((call.dim + kWidth - 1) / kWidth);
+}
+__device__ __forceinline__ int count_embeddings(const BackwardArguments& call, int row_tiles) {
+  return call.de == nullptr ? 0 : row_tiles * count_parts(call);
+}
+
+// The work of a phase: all of dE, one part of D for all row tiles at a time, then all of dC.
+struct GradientItem {
+  bool embedding;
+  int part;   // of D
+  int place;  // a row tile, or the place of a block in its chunk
+
+  __device__ __forceinline__ GradientItem(const BackwardArguments& call, int row_tiles, int parts,
+                                          int at) {
+    const int embeddings = count_embeddings(call, row_tiles);
+    embedding = at < embeddings;
+    if (embedding) {
+      part = at / row_tiles;
+      place = at - part * row_tiles;
+    } else {
+      place = (at - embeddings) / parts;
+      part = at - embeddings - place * parts;
+    }
+  }
+};
+
+__device__ __forceinline__ int count_gradients(const BackwardArguments& call, const Chunk& chunk,
+                                               int row_tiles) {
+  const int blocks = call.dc == nullptr ? 0 : chunk.last - chunk.first;
+  return count_embeddings(call, row_tiles) + blocks * count_parts(call);
+}
+
+// The row tiles that keep any column of a block, ascending, and whether a half of it matters to each.
+struct KeepingTiles {
+  const ColumnOrder& order;
+  int block;
+  int row_tiles;
+  int number = -1;  // of the word at hand
+  uint32 rest = 0;
+  uint32 halves[kHalves] = {};
+
+  __device__ __forceinline__ KeepingTiles(const ColumnOrder& order, int block, int row_tiles)
+      : order(order), block(block), row_tiles(row_tiles) {}
+
+  // The next tile, or -1.
+  __device__ __forceinline__ int next() {
+    while (rest == 0) {
+      if (++number * 32 >= row_tiles) return -1;
+      halves[0] = order.tiles_of(block, 0, number, row_tiles);
+      halves[1] = order.tiles_of(block, 1, number, row_tiles);
+      rest = halves[0] | halves[1];
+    }
+    const int bit = __ffs(rest) - 1;
+    rest &= rest - 1;
+    return number * 32 + bit;
+  }
+  __device__ __forceinline__ bool keeps(int half, int tile) const {
+    return (half == 0 ? halves[0] : halves[1]) >> (tile % 32) & 1;
+  }
+};
+
+// Some words of 64 rows, each a row of D from `d` on, to a stage; rows that are nullptr come as zeros.
+__device__ __forceinline__ void copy_rows(Storage (&to)[kSpread][kTileK * kTileK],
+                                          const Storage* const (&row)[kTileK / kRowStep], int d,
+                                          int dim, uint32 in_tile) {
+  constexpr int kElements = kTileK;
+#pragma unroll
+  for (int i = 0; i < kTileK / kRowStep; ++i)
+#pragma unroll
+    for (int part = 0; part < kSpread; ++part) {
+      const int at = d + part * kElements;
+      const bool there = row[i] != nullptr && at < dim;
+      copy_word(shared_address(to[part]) + in_tile + i * kRowStep * kTileK * sizeof(Storage),
+                there ? row[i] + at : row[i], there ? kWordBytes : 0);
+    }
+}
+
+__device__ __forceinline__ void copy_embedding(Shared& shared, const TensorMap& dz_map,
+                                               const BackwardArguments& call, const Chunk& chunk,
+                                               const GradientItem& item, RingPlace<kStages>& place) {
+  constexpr int kRowsOfThread = kTileK / kRowStep;
+  const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
+  const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
+  const uint32 in_tile = word_place(first, word);
+  const int d = item.part * kWidth + word * kWordElements;
+  const int start =
+      shared.start[item.place] + call.order.kept_before(item.place, chunk.first);
+  // A stage of zeros at least, so that whoever multiplies need not ask whether there is one.
+  const int steps = max((shared.pairs[item.place] + kTileK - 1) / kTileK, 1);
+  const bool none = shared.pairs[item.place] == 0;
+  int column[kRowsOfThread];
+#pragma unroll
+  for (int i = 0; i < kRowsOfThread; ++i)
+    column[i] = none ? kNobody : call.list[start + first + i * kRowStep];
+  for (int step = 0; step < steps; ++step, place.next()) {
+    EmbeddingStage& stage = shared.stage[place.stage].embedding;
+    wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
+    const uint32 full = shared_address(&shared.ring.full[place.stage]);
+    if (thread == 0) {
+      if (none) {
+        mbarrier_arrive(full, 1);
+      } else {
+        mbarrier_expect_bytes(full, sizeof(stage.dz));
+        for (int half = 0; half < 2; ++half)
+          copy_box(shared_address(stage.dz[half]), dz_map, half * kTileK, start + step * kTileK,
+                   full, kEvictFirst);
+      }
+    }
+    const Storage* row[kRowsOfThread];
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i)
+      row[i] = column[i] < 0 ? nullptr : call.c.row(column[i]);
+    copy_rows(stage.c, row, d, dim, in_tile);
+    if (none) {
+      for (int i = thread; i < sizeof(stage.dz) / kWordBytes; i += kGroupThreads)
+        copy_word(shared_address(stage.dz) + i * kWordBytes, call.c.data, 0);
+    }
+    arrive_after_words(full);
+    if (step + 1 < steps) {
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i)
+        column[i] = call.list[start + (step + 1) * kTileK + first + i * kRowStep];
+    }
+  }
+}
+
+__device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap& e_map,
+                                                const BackwardArguments& call, const Chunk& chunk,
+                                                const GradientItem& item, int row_tiles, int64 count,
+                                                RingPlace<kStages>& place) {
+  constexpr int kRowsOfThread = kTileK / kRowStep, kColumnsOfThread = kOrderBlock / kRowStep;
+  constexpr int kRowsOfWord = kColumnChunk / kRowStep;
+  const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
+  const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
+  const uint32 in_tile = word_place(first, word);
+  const int d = item.part * kWidth + word * kWordElements;
+  const int block = call.order.block_at(chunk.first + item.place);
+  KeepingTiles tiles(call.order, block, row_tiles);
+  for (int tile; (tile = tiles.next()) >= 0;) {
+    uint32 kept[kWordsOfBlock];
+    call.order.read_words(kept, tile, block);
+    int rank = shared.start[tile] + call.order.kept_before(tile, block);
+    const Storage* record[kColumnsOfThread];
+#pragma unroll
+    for (int k = 0; k < kWordsOfBlock; ++k) {
+#pragma unroll
+      for (int i = 0; i < kRowsOfWord; ++i) {
+        const int bit = first + i * kRowStep;
+        const int64 pair = rank + __popc(kept[k] & ((1u << bit) - 1u));
+        record[k * kRowsOfWord + i] =
+            kept[k] >> bit & 1 ? call.dz + pair * kRowTile + word * kWordElements : nullptr;
+      }
+      rank += __popc(kept[k]);
+    }
+    const SweepTile rows(call, count, tile);
+    for (int half = 0; half < 2; ++half, place.next()) {
+      ClassifierStage& stage = shared.stage[place.stage].classifier;
+      wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
+      const uint32 full = shared_address(&shared.ring.full[place.stage]);
+      if (thread == 0) {
+        if (rows.follow) {
+          mbarrier_expect_bytes(full, sizeof(stage.e));
+          for (int part = 0; part < kSpread; ++part)
+            copy_box(shared_address(stage.e[part]), e_map, item.part * kWidth + part * kTileK,
+                     rows.source + half * kTileK, full, kEvictLast);
+        } else {
+          mbarrier_arrive(full, 1);
+        }
+      }
+      const uint32 dz = shared_address(stage.dz) + in_tile;
+#pragma unroll
+      for (int i = 0; i < kColumnsOfThread; ++i)
+        copy_word(dz + i * kRowStep * kTileK * sizeof(Storage),
+                  record[i] == nullptr ? call.dz : record[i] + half * kTileK,
+                  record[i] == nullptr ? 0 : kWordBytes);
+      if (!rows.follow) {
+        const Storage* row[kRowsOfThread];
+#pragma unroll
+        for (int i = 0; i < kRowsOfThread; ++i) {
+          const int at = half * kTileK + first + i * kRowStep;
+          row[i] = at < rows.number ? call.e.row(call.map.source[rows.top + at]) : nullptr;
+        }
+        copy_rows(stage.e, row, d, dim, in_tile);
+      }
+      arrive_after_words(full);
+    }
+  }
+}
+
+__device__ __forceinline__ void copy_gradients(Shared& shared, const TensorMap& e_map,
+                                               const TensorMap& dz_map,
+                                               const BackwardArguments& call, const Chunk& chunk,
+                                               int row_tiles, int64 count, Queue& queue,
+                                               RingPlace<kStages>& place) {
+  const int limit = count_gradients(call, chunk, row_tiles), parts = count_parts(call);
+  // Records were written in the ordinary way, by other blocks too.
+  fence_async_proxy_everywhere();
+  queue.start();
+  for (int at; (at = queue.publish(shared, limit, [](int) { return true; })) < limit;) {
+    const GradientItem item(call, row_tiles, parts, at);
+    if (item.embedding) {
+      copy_embedding(shared, dz_map, call, chunk, item, place);
+    } else {
+      copy_classifier(shared, e_map, call, chunk, item, row_tiles, count, place);
+    }
+  }
+  queue.finish(limit);
+}
+
+// Start the products of a stage with `dz`, whose rows lie across the depth where kAcross is 1.
+template <int kAcross>
+__device__ __forceinline__ void start_gradients(float (&sums)[kGradients], const Storage* dz,
+                                                const Storage (&other)[kSpread][kTileK * kTileK]) {
+  const uint64 a = kAcross ? across_depth<kTileK>(dz) : along_depth(dz);
+  const uint64 b = across_depth<kTileK>(other[0]);
+#pragma unroll
+  for (int step = 0; step < kTileK / 16; ++step)
+    product_64x256x16<kAcross>(sums, a + step * (kAcross ? kAdvanceAcross : kAdvanceAlong),
+                               b + step * kAdvanceAcross, 1);
+  product_commit();
+}
+
+// Nothing that reads the sums may move up to where products are under way.
+__device__ __forceinline__ void settle(float (&sums)[kGradients]) {
+#pragma unroll
+  for (int i = 0; i < kGradients; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// Where a thread's sums lie in its group's 64 rows, eight columns a span.
+constexpr int kGradientSpans = kWidth / 8;
+__device__ __forceinline__ constexpr int gradient_index(int span, int half, int side) {
+  return 4 * span + 2 * half + side;
+}
+
+// Call f(half, words) for every 16 bytes of a row that a thread writes: `words` holds pairs of sums,
+// `at` is the first element of D.
+template <typename Finish>
+__device__ __forceinline__ void each_word(int part, int dim, int q, Finish f) {
+#pragma unroll
+  for (int spans = 0; spans < kGradientSpans; spans += 4) {
+    const int at = part * kWidth + spans * 8 + q * kWordElements;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) f(spans, half, at, at < dim);
+  }
+}
+
+// The element of D of a sum.
+__device__ __forceinline__ int element_of(int part, int span, int side, int q) {
+  return part * kWidth + 8 * span + 2 * q + side;
+}
+
+// Store rounded sums times `scale`, less what a factor of the row brings of `background`.
+__device__ __forceinline__ void store_rows(const float (&sums)[kGradients], int part, int dim,
+                                           float scale, const float* background,
+                                           const float (&factor)[2], float background_scale,
+                                           Storage* const (&row)[2], int q) {
+  each_word(part, dim, q, [&](int spans, int half, int at, bool there) {
+    auto value = [&](int span, int side) {
+      const float x = sums[gradient_index(span, half, side)] * scale;
+      const int d = element_of(part, span, side, q);
+      if (background == nullptr || d >= dim) return x;
+      return x - factor[half] * background[d] * background_scale;
+    };
+    auto pair = [&](int k) { return narrow_pair(value(spans + k, 0), value(spans + k, 1)); };
+    const uint4 words = transpose_quad(make_uint4(pair(0), pair(1), pair(2), pair(3)), q);
+    if (there && row[half] != nullptr) *reinterpret_cast<uint4*>(row[half] + at) = words;
+  });
+}
+
+constexpr uint32 kUpperHalves = 0x7632, kLowerHalves = 0x5410;  // of two words, selected into one
+
+// Unfinished sums wait as they are, their high halves where the gradient will be, the low ones beside it.
+__device__ __forceinline__ void keep_sums(const float (&sums)[kGradients], int part, int dim,
+                                          Storage* const (&row)[2],
+                                          unsigned short* const (&low)[2], int q) {
+  each_word(part, dim, q, [&](int spans, int half, int at, bool there) {
+    auto halves = [&](int k, uint32 selector) {
+      return __byte_perm(__float_as_uint(sums[gradient_index(spans + k, half, 0)]),
+                         __float_as_uint(sums[gradient_index(spans + k, half, 1)]), selector);
+    };
+    auto words = [&](uint32 selector) {
+      return transpose_quad(make_uint4(halves(0, selector), halves(1, selector), halves(2, selector),
+                                       halves(3, selector)),
+                            q);
+    };
+    const uint4 upper = words(kUpperHalves), lower = words(kLowerHalves);
+    if (!there || row[half] == nullptr) return;
+    *reinterpret_cast<uint4*>(row[half] + at) = upper;
+    *reinterpret_cast<uint4*>(low[half] + at) = lower;
+  });
+}
+
+__device__ __forceinline__ void add_kept_sums(float (&sums)[kGradients], int part, int dim,
+                                              Storage* const (&row)[2],
+                                              unsigned short* const (&low)[2], int q) {
+  each_word(part, dim, q, [&](int spans, int half, int at, bool there) {
+    uint4 upper = {}, lower = {};
+    if (there && row[half] != nullptr) {
+      upper = *reinterpret_cast<const uint4*>(row[half] + at);
+      lower = *reinterpret_cast<const uint4*>(low[half] + at);
+    }
+    upper = transpose_quad(upper, q);
+    lower = transpose_quad(lower, q);
+    auto add = [&](int k, uint32 high, uint32 low) {
+      sums[gradient_index(spans + k, half, 0)] +=
+          __uint_as_float(__byte_perm(low, high, kLowerHalves));
+      sums[gradient_index(spans + k, half, 1)] +=
+          __uint_as_float(__byte_perm(low, high, kUpperHalves));
+    };
+    add(0, upper.x, lower.x);
+    add(1, upper.y, lower.y);
+    add(2, upper.z, lower.z);
+    add(3, upper.w, lower.w);
+  });
+}
+
+__device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArguments& call,
+                                               const GradientItem& item, int64 count, bool first,
+                                               bool last, RingPlace<kStages>& place) {
+  const int consumer = threadIdx.x / kGroupThreads - 1, thread = threadIdx.x % kGroupThreads;
+  const int steps = max((shared.pairs[item.place] + kTileK - 1) / kTileK, 1);
+  float sums[kGradients] = {};
+  int done = 0;
+  for (int step = 0; step < steps; ++step) {
+    wait_for(shared.ring.full[place.stage], place.parity);
+    fence_async_proxy();
+    const EmbeddingStage& stage = shared.stage[place.stage].embedding;
+    product_fence();
+    start_gradients<1>(sums, stage.dz[consumer], stage.c);
+    if (step > 0) {
+      product_wait<1>();
+      release(shared.ring.empty[done]);
+    }
+    done = place.stage;
+    place.next();
+  }
+  product_wait<0>();
+  settle(sums);
+  release(shared.ring.empty[done]);
+  const int q = thread % 4, dim = static_cast<int>(call.dim);
+  Storage* row[2];
+  unsigned short* low[2];
+  float smoothing[2] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64 in_sweep = static_cast<int64>(item.place) * kRowTile + consumer * 64 +
+                           thread / 32 * 16 + thread % 32 / 4 + 8 * half;
+    const int64 at = call.first_tile * kRowTile + in_sweep;
+    row[half] = at < count ? call.de + call.map.source[at] * call.dim : nullptr;
+    low[half] = call.low + in_sweep * call.dim;
+    if (call.smoothing_classifier != nullptr && at < count)
+      smoothing[half] = call.factors.smoothing[at];
+  }
+  if (!first) add_kept_sums(sums, item.part, dim, row, low, q);
+  if (last) {
+    const float scale = static_cast<float>(call.options.scale);
+    store_rows(sums, item.part, dim, scale / record_scale(call.largest), call.smoothing_classifier,
+               smoothing, scale, row, q);
+  } else {
+    keep_sums(sums, item.part, dim, row, low, q);
+  }
+}
+
+__device__ __forceinline__ void form_classifier(Shared& shared, const BackwardArguments& call, const Chunk& chunk,
+                                                const GradientItem& item, int row_tiles,
+                                                RingPlace<kStages>& place) {
+  const int consumer = threadIdx.x / kGroupThreads - 1, thread = threadIdx.x % kGroupThreads;
+  const int block = call.order.block_at(chunk.first + item.place);
+  KeepingTiles tiles(call.order, block, row_tiles);
+  float sums[kGradients] = {};
+  int held = -1;     // a stage that products may still read
+  for (int tile; (tile = tiles.next()) >= 0;) {
+    // Columns of this half that no row of the tile keeps are zeros there.
+    const bool keeps = tiles.keeps(consumer, tile);
+    for (int half = 0; half < 2; ++half) {
+      wait_for(shared.ring.full[place.stage], place.parity);
+      fence_async_proxy();
+      if (keeps) {
+        const ClassifierStage& stage = shared.stage[place.stage].classifier;
+        product_fence();
+        start_gradients<0>(sums, stage.dz + consumer * 64 * kTileK, stage.e);
+      }
+      if (held >= 0) {
+        if (!keeps) product_wait<0>();
+        product_wait<1>();
+        release(shared.ring.empty[held]);
+      }
+      held = place.stage;
+      place.next();
+    }
+  }
+  product_wait<0>();
+  settle(sums);
+  if (held >= 0) release(shared.ring.empty[held]);
+  const int q = thread % 4, dim = static_cast<int>(call.dim);
+  Storage* row[2];
+  float smoothing[2] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64 at = static_cast<int64>(block) * kOrderBlock + consumer * 64 + thread / 32 * 16 +
+                     thread % 32 / 4 + 8 * half;
+    const int column = call.order.column_at(at);
+    row[half] = column >= 0 ? call.dc + column * call.dim : nullptr;
+    if (call.smoothing_embedding != nullptr && column >= 0)
+      smoothing[half] = call.smoothing_class[column];
+  }
+  const float scale = static_cast<float>(call.options.scale);
+  store_rows(sums, item.part, dim, scale / record_scale(call.largest), call.smoothing_embedding,
+             smoothing, scale, row, q);
+}
+
+__device__ __forceinline__ void form_gradients(Shared& shared, const BackwardArguments& call,
+                                               const Chunk& chunk, int row_tiles, int64 count,
+                                               bool first, bool last, Queue& queue,
+                                               RingPlace<kStages>& place) {
+  const int limit = count_gradients(call, chunk, row_tiles), parts = count_parts(call);
+  const int embeddings = count_embeddings(call, row_tiles);
+  int at = queue.receive(shared);
+  // All of one kind come first: in one loop the sums of both would be one.
+  for (; at < embeddings; at = queue.receive(shared))
+    form_embedding(shared, call, GradientItem(call, row_tiles, parts, at), count, first, last, place);
+  for (; at < limit; at = queue.receive(shared))
+    form_classifier(shared, call, chunk, GradientItem(call, row_tiles, parts, at), row_tiles, place);
+  queue.finish(limit);
+}
+
+// dbias of a chunk: a column of a block for each thread of a group. In double: there may be millions of
+// rows.
+__device__ __forceinline__ void form_bias(const Shared& shared, const BackwardArguments& call,
+                                          const Chunk& chunk, int row_tiles) {
+  const int group = blockIdx.x * kConsumers + threadIdx.x / kGroupThreads - 1;
+  const int groups = gridDim.x * kConsumers, column = threadIdx.x % kGroupThreads;
+  const int bit = column % kColumnChunk;
+  const float scale = record_scale(call.largest);
+  for (int block = chunk.first + group; block < chunk.last; block += groups) {
+    const int at = call.order.column_at(static_cast<int64>(block) * kOrderBlock + column);
+    double sum = 0;
+    for (int tile = 0; tile < row_tiles; ++tile) {
+      int rank = shared.start[tile] + call.order.kept_before(tile, block);
+      for (int k = 0; k < column / kColumnChunk; ++k)
+        rank += __popc(call.order.kept_word(tile, block, k));
+      const uint32 own = call.order.kept_word(tile, block, column / kColumnChunk);
+      if (own >> bit & 1) sum += call.dz_sum[rank + __popc(own & ((1u << bit) - 1u))];
+    }
+    if (at < 0) continue;
+    float whole = static_cast<float>(sum / scale);
+    if (call.smoothing_class != nullptr)
+      whole -= static_cast<float>(call.smoothing_class[at] * *call.smoothing_rows);
+    call.dbias[at] = narrow(whole);
+  }
+}
+
+// Gradients of columns that nobody keeps.
+__device__ __forceinline__ void fill_background(const BackwardArguments& call, int first_block,
+                                                int64 thread, int64 threads) {
+  const int64 first = static_cast<int64>(first_block) * kOrderBlock, vocab = call.order.vocab;
+  const float scale = static_cast<float>(call.options.scale);
+  const int words = static_cast<int>(call.dim) / kWordElements;
+  if (call.dc != nullptr && words > 0)
+    for (int64 i = first * words + thread; i < vocab * words; i += threads) {
+      const int64 place = i / words;
+      const int d = static_cast<int>(i - place * words) * kWordElements;
+      const int column = call.order.column_at(place);
+      uint32 word[4] = {};
+      if (call.smoothing_embedding != nullptr) {
+        const float factor = -call.smoothing_class[column] * scale;
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          word[k] = narrow_pair(factor * call.smoothing_embedding[d + 2 * k],
+                                factor * call.smoothing_embedding[d + 2 * k + 1]);
+      }
+      *reinterpret_cast<uint4*>(call.dc + column * call.dim + d) =
+          make_uint4(word[0], word[1], word[2], word[3]);
+    }
+  if (call.dbias != nullptr)
+    for (int64 place = first + thread; place < vocab; place += threads) {
+      const int column = call.order.column_at(place);
+      const double whole = call.smoothing_class == nullptr
+                               ? 0.0
+                               : -call.smoothing_class[column] * *call.smoothing_rows;
+      call.dbias[column] = narrow(static_cast<float>(whole));
+    }
+}
+
+}  // namespace cce
