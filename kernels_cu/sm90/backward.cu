@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kStages; ++i) {
       // One for the bytes that are expected, one for each thread that copies words.
       mbarrier_init(shared_address(&shared.ring.full[i]), 1 + kGroupThreads);
-      mbarrier_init(shared_address(&shared.ring.empty[i]), kConsumers);
+      mbarrier_init(shared_address(&shared.ring.empty[i]), kReleases);
     }
     for (int i = 0; i < kItemSlots; ++i) mbarrier_init(shared_address(&shared.item_ready[i]), 1);
     fence_barrier_init();

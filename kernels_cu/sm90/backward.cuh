@@ -20,7 +20,7 @@ constexpr int kWordElements = kWordBytes / sizeof(Storage);
 constexpr int kWordsOfRow = kTileK / kWordElements;
 constexpr int kRowStep = kGroupThreads / kWordsOfRow;  // rows that the threads copy a word of at once
 constexpr int kItemSlots = 8;
-constexpr int kCopyRegisters = 80;
+constexpr int kCopyRegisters = 72;  // with those of the others what the launch has, no more
 constexpr int kSumRegisters = 216;
 constexpr int kRemoved = 1 << 31;  // in a list: the row of c counts as zeros
 constexpr int kNobody = -1;        // in a list: past its end
@@ -243,10 +243,12 @@ struct Queue {
   __device__ __forceinline__ void finish(int limit) { base += limit + static_cast<int>(gridDim.x); }
 };
 
-// Give a stage back to those who fill it. One thread of each group that multiplies.
+// Give a stage back to those who fill it. One thread of each warp: where a group leaves products out
+// its warps do not wait for each other, and one that fell behind by a round would wait for ever.
 __device__ __forceinline__ void release(const uint64& empty) {
-  if (threadIdx.x % kGroupThreads == 0) mbarrier_arrive(shared_address(&empty), 1);
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&empty), 1);
 }
+constexpr int kReleases = kConsumers * kGroupThreads / 32;
 
 // Lanes `step` apart exchange the one word for the other: each gets its own of both.
 __device__ __forceinline__ void exchange(uint32& low, uint32& high, bool upper, int step) {
