@@ -24,6 +24,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     fence_barrier_init();
     fence_async_proxy();
   }
+  for (int i = threadIdx.x; i < kZeroBytes / kWordBytes; i += kThreads)
+    reinterpret_cast<uint4*>(shared.zeros)[i] = make_uint4(0, 0, 0, 0);
+  fence_async_proxy();
   __syncthreads();
   const int64 count = *call.map.count;
   const int row_tiles = count_row_tiles(count, call.first_tile, static_cast<int>(call.tiles));
@@ -33,7 +36,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   GridBarrier<kEverybody, kThreads> barrier{call.arrived};
   Queue queue{call.queue};
   RingPlace<kStages> place;
-  fill_background(call, call.order.first_block(chunks), thread, threads);
+  const int unkept = call.order.first_block(chunks);
+  fill_background(call, unkept, thread, threads);
 
   // What all threads do before dz of a chunk.
   auto prepare = [&](const Chunk& chunk) {
@@ -44,14 +48,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   };
   if (threadIdx.x < kGroupThreads) {
     give_registers<kCopyRegisters>();
+    ZeroRows zeros(call, unkept);
+    if (threadIdx.x < 32) share_zero_rows(shared, call, zeros, unkept, row_tiles);
     for (int k = 0; k < chunks; ++k) {
       const Chunk chunk(call.order, k);
       prepare(chunk);
-      copy_logits(shared, e_map, call, chunk, row_tiles, count, queue, place);
+      copy_logits(shared, e_map, call, chunk, row_tiles, count, zeros, queue, place);
       barrier.wait();
       copy_gradients(shared, e_map, dz_map, call, chunk, row_tiles, count, queue, place);
       barrier.wait();
     }
+    zeros.store(shared, call, zeros.last);
+    wait_for_bulk();
   } else {
     take_registers<kSumRegisters>();
     for (int k = 0; k < chunks; ++k) {

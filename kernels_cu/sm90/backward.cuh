@@ -22,6 +22,7 @@ constexpr int kRowStep = kGroupThreads / kWordsOfRow;  // rows that the threads 
 constexpr int kItemSlots = 8;
 constexpr int kCopyRegisters = 72;  // with those of the others what the launch has, no more
 constexpr int kSumRegisters = 216;
+constexpr int kZeroBytes = 4096;
 constexpr int kRemoved = 1 << 31;  // in a list: the row of c counts as zeros
 constexpr int kNobody = -1;        // in a list: past its end
 
@@ -71,11 +72,13 @@ struct Shared {
   int start[kMostRowTiles];   // of each row tile: where its pairs start, as if it kept none before
   int pairs[kMostRowTiles];
   int most_items;
+  int rows_of_item;  // rows of zeros that a block stores along with an item of dz
   uint64 seed;
+  alignas(kWordBytes) unsigned char zeros[kZeroBytes];
 };
 
 // What the host must give a launch; a stage may have to move up to where its alignment is.
-static_assert(sizeof(Shared) + alignof(Stage) == 220160, "_BACKWARD_SHARED_BYTES of compiler.py");
+static_assert(sizeof(Shared) + alignof(Stage) == 224256, "_BACKWARD_SHARED_BYTES of compiler.py");
 
 struct BackwardArguments {
   Matrix e;

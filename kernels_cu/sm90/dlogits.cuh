@@ -2,7 +2,7 @@
 // product, so that a record of dz holds the rows of a tile next to each other.
 #pragma once
 
-#include "backward.cuh"
+#include "background.cuh"
 #include "functions.cuh"
 
 namespace cce {
@@ -35,8 +35,8 @@ __device__ __forceinline__ int64 first_pair(const Shared& shared, const Backward
 
 __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_map,
                                             const BackwardArguments& call, const Chunk& chunk,
-                                            int row_tiles, int64 count, Queue& queue,
-                                            RingPlace<kStages>& place) {
+                                            int row_tiles, int64 count, ZeroRows& zeros,
+                                            Queue& queue, RingPlace<kStages>& place) {
   constexpr int kColumnsOfThread = kPairs / kRowStep, kRowsOfThread = kRowTile / kRowStep;
   const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
   const int steps = (dim + kTileK - 1) / kTileK;
@@ -46,6 +46,7 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
   auto valid = [&](int at) { return LogitItem(shared, row_tiles, at).there; };
   queue.start();
   for (int at; (at = queue.publish(shared, limit, valid)) < limit;) {
+    zeros.store(shared, call, shared.rows_of_item);
     const LogitItem item(shared, row_tiles, at);
     const SweepTile rows(call, count, item.tile);
     const int* list = call.list + first_pair(shared, call, chunk, item);

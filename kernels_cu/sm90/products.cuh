@@ -461,36 +461,4 @@ __device__ __forceinline__ void form_bias(const Shared& shared, const BackwardAr
   }
 }
 
-// Gradients of columns that nobody keeps.
-__device__ __forceinline__ void fill_background(const BackwardArguments& call, int first_block,
-                                                int64 thread, int64 threads) {
-  const int64 first = static_cast<int64>(first_block) * kOrderBlock, vocab = call.order.vocab;
-  const float scale = static_cast<float>(call.options.scale);
-  const int words = static_cast<int>(call.dim) / kWordElements;
-  if (call.dc != nullptr && words > 0)
-    for (int64 i = first * words + thread; i < vocab * words; i += threads) {
-      const int64 place = i / words;
-      const int d = static_cast<int>(i - place * words) * kWordElements;
-      const int column = call.order.column_at(place);
-      uint32 word[4] = {};
-      if (call.smoothing_embedding != nullptr) {
-        const float factor = -call.smoothing_class[column] * scale;
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-          word[k] = narrow_pair(factor * call.smoothing_embedding[d + 2 * k],
-                                factor * call.smoothing_embedding[d + 2 * k + 1]);
-      }
-      *reinterpret_cast<uint4*>(call.dc + column * call.dim + d) =
-          make_uint4(word[0], word[1], word[2], word[3]);
-    }
-  if (call.dbias != nullptr)
-    for (int64 place = first + thread; place < vocab; place += threads) {
-      const int column = call.order.column_at(place);
-      const double whole = call.smoothing_class == nullptr
-                               ? 0.0
-                               : -call.smoothing_class[column] * *call.smoothing_rows;
-      call.dbias[column] = narrow(static_cast<float>(whole));
-    }
-}
-
 }  // namespace cce

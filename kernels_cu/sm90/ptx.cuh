@@ -133,6 +133,19 @@ __device__ __forceinline__ void copy_box_to_blocks(uint32 to, const TensorMap& m
       : "memory");
 }
 
+// From shared memory to memory; whole 16 bytes.
+__device__ __forceinline__ void store_bulk(void* to, uint32 from, uint32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void commit_bulk() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_bulk() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 // 16 bytes; zeros where `bytes` is 0.
 __device__ __forceinline__ void copy_word(uint32 to, const void* from, uint32 bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
