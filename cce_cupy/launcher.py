@@ -254,11 +254,11 @@ class Launcher:
 
     def _forward_on_hopper(self, cut: HopperForward, *, bits: int, statistics: bool) -> None:
         problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
-        own, bound, target_logit = room["own"], room["bound"], room["target_logit"]
+        known = room["own"], room["bound"], room["finished"], room["target_logit"]
         self.launch(
             "sm90/rows", "target_logits", (-(-plan.capacity * 32 // _THREADS), 1), (_THREADS, 1),
-            *self.e, *self.c, inputs.bias, problem.dim, *self.logit_options, *self.map, own, bound,
-            target_logit, bits, plan.saved["bits"] // 4 if bits else 0,
+            *self.e, *self.c, inputs.bias, problem.dim, *self.logit_options, *self.map, *known,
+            bits, plan.saved["bits"] // 4 if bits else 0,
         )  # fmt: skip
         file, name = "forward", cut.kernel
         if statistics:
@@ -278,7 +278,7 @@ class Launcher:
             f"sm90/{file}", name, (blocks, 1), (_FORWARD_THREADS, 1), e_map, c_map,
             *self.e, *self.map, inputs.bias, room["smoothing"] if plan.smooths else 0, problem.dim,
             problem.vocab, *self.logit_options, *self.filter(), cut.unit_tiles, cut.group,
-            own, bound, target_logit, *self._unit_sums(statistics), plan.capacity, bits, plan.words,
+            *known, *self._unit_sums(statistics), plan.capacity, bits, plan.words,
         )  # fmt: skip
 
     def filter(self) -> tuple[float, float, bool]:

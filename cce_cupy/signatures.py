@@ -29,7 +29,7 @@ ROW_FACTORS = "3P"
 RECORDS = "2P"
 UNIT_SUMS = "6P"
 HOPPER_FORWARD = (
-    MATRIX + ROW_MAP + "PPqq" + LOGIT_OPTIONS + FILTER + "ii3P" + UNIT_SUMS + "qPq"
+    MATRIX + ROW_MAP + "PPqq" + LOGIT_OPTIONS + FILTER + "ii4P" + UNIT_SUMS + "qPq"
 )  # e, map; bias, smoothing, dim, vocab; how it is cut, rows' own; sums; capacity, bits, words
 
 COLUMN_ORDER = "6Pqiii0P"
@@ -93,7 +93,7 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "sm90/rows.cu": {
         "target_logits": (
-            MATRIX, MATRIX, POINTER, INT64, LOGIT_OPTIONS, ROW_MAP, *[POINTER] * 4, INT64
+            MATRIX, MATRIX, POINTER, INT64, LOGIT_OPTIONS, ROW_MAP, *[POINTER] * 5, INT64
         ),
         "finish_rows": (
             ROW_MAP, UNIT_SUMS, INT64, INT64, POINTER, LOSS_OPTIONS, WEIGHTS, ROW_OUTPUTS, LOSS_SUM

@@ -170,7 +170,7 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         statistics["segment_best"] = sums * per_segment
     else:
         per_unit = 4 * hopper.parts * rows
-        forward["target_logit"] = sums * rows
+        forward |= dict.fromkeys(("finished", "target_logit"), sums * rows)
         forward |= dict.fromkeys(("unit_reference", "unit_rest"), per_unit)
         forward["unit_smoothed"] = per_unit if smooths else 0
         statistics = dict.fromkeys(("unit_weighted", "unit_best", "unit_argmax"), per_unit)

@@ -29,7 +29,7 @@ ORDER_DIGITS = 256
 
 _ALIGNMENT = 256  # of a piece of workspace
 _LIST_UNIT = 256  # kPairs of kernels_cu/sm90/order.cuh: lists of row tiles are whole items of it
-_MOST_ROW_TILES = 2048  # kMostRowTiles there
+_MOST_ROW_TILES = 1024  # kMostRowTiles there
 _RECORD_BYTES = 2 * ROW_TILE
 
 

@@ -38,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   RingPlace<kStages> place;
   const int unkept = call.order.first_block(chunks);
   fill_background(call, unkept, thread, threads);
+  find_sources(shared, call, count, row_tiles);
 
   // What all threads do before dz of a chunk.
   auto prepare = [&](const Chunk& chunk) {

@@ -71,6 +71,7 @@ struct Shared {
   TileFactors factors[kConsumers];
   int start[kMostRowTiles];   // of each row tile: where its pairs start, as if it kept none before
   int pairs[kMostRowTiles];
+  int source[kMostRowTiles];  // its first row in e, where one copy of a box brings them all; or -1
   int most_items;
   int rows_of_item;  // rows of zeros that a block stores along with an item of dz
   uint64 seed;
@@ -78,7 +79,7 @@ struct Shared {
 };
 
 // What the host must give a launch; a stage may have to move up to where its alignment is.
-static_assert(sizeof(Shared) + alignof(Stage) == 224256, "_BACKWARD_SHARED_BYTES of compiler.py");
+static_assert(sizeof(Shared) + alignof(Stage) == 220160, "_BACKWARD_SHARED_BYTES of compiler.py");
 
 struct BackwardArguments {
   Matrix e;
@@ -124,21 +125,34 @@ __device__ __forceinline__ float record_scale(const uint32* largest) {
 #endif
 }
 
-// The rows of a tile: whether one copy of a box brings them all, and nothing else.
+// The rows of a tile.
 struct SweepTile {
   int64 top;
   int number;
   int source;
-  bool follow;
+  bool follow;  // one copy of a box brings them all, and nothing else
 
-  __device__ __forceinline__ SweepTile(const BackwardArguments& call, int64 count, int tile) {
+  __device__ __forceinline__ SweepTile(const Shared& shared, const BackwardArguments& call,
+                                       int64 count, int tile) {
     top = (call.first_tile + tile) * kRowTile;
     number = static_cast<int>(min(count - top, static_cast<int64>(kRowTile)));
-    source = static_cast<int>(call.map.source[top]);
-    // Rows past the last must be zeros: what stands there in e may not even be a number.
-    follow = number == kRowTile && call.map.source[top + kRowTile - 1] - source == kRowTile - 1;
+    source = shared.source[tile];
+    follow = source >= 0;
   }
 };
+
+// Find the rows of each tile. All threads.
+__device__ __forceinline__ void find_sources(Shared& shared, const BackwardArguments& call,
+                                             int64 count, int row_tiles) {
+  for (int tile = threadIdx.x; tile < row_tiles; tile += kThreads) {
+    const int64 top = (call.first_tile + tile) * kRowTile, last = top + kRowTile - 1;
+    int source = -1;
+    // Rows past the last must be zeros: what stands there in e may not even be a number.
+    if (last < count && call.map.source[last] - call.map.source[top] == kRowTile - 1)
+      source = static_cast<int>(call.map.source[top]);
+    shared.source[tile] = source;
+  }
+}
 
 // Where a 16-byte word of a row lies in a tile of rows of 128 bytes.
 __device__ __forceinline__ uint32 word_place(int row, int word) {
@@ -188,18 +202,26 @@ __device__ __forceinline__ void fill_lists(const Shared& shared, const BackwardA
                                            const Chunk& chunk, int row_tiles, int64 thread,
                                            int64 threads) {
   const ColumnOrder& order = call.order;
-  const int blocks = chunk.last - chunk.first;
+  const int words = (chunk.last - chunk.first) * kWordsOfBlock;
   const float lowest = -static_cast<float>(infinity());
-  for (int64 i = thread; i < static_cast<int64>(row_tiles) * blocks; i += threads) {
-    const int tile = static_cast<int>(i / blocks), block = chunk.first + static_cast<int>(i % blocks);
+  for (int64 i = thread; i < static_cast<int64>(row_tiles) * words; i += threads) {
+    const int tile = static_cast<int>(i / words), at = static_cast<int>(i % words);
+    const int block = chunk.first + at / kWordsOfBlock, number = at % kWordsOfBlock;
+    uint32 kept[kWordsOfBlock];
+    order.read_words(kept, tile, block);
     int* to = call.list + shared.start[tile] + order.kept_before(tile, block);
-    for (int k = 0; k < kWordsOfBlock; ++k)
-      for (uint32 rest = order.kept_word(tile, block, k); rest != 0; rest &= rest - 1) {
-        const int place = block * kOrderBlock + k * kColumnChunk + __ffs(rest) - 1;
-        const int column = order.column_at(place);
-        const bool removed = call.bias != nullptr && widen(call.bias[column]) == lowest;
-        *to++ = removed ? column | kRemoved : column;
-      }
+    uint32 rest = 0;
+#pragma unroll
+    for (int k = 0; k < kWordsOfBlock; ++k) {
+      if (k < number) to += __popc(kept[k]);
+      if (k == number) rest = kept[k];
+    }
+    const int64 left = static_cast<int64>(block) * kOrderBlock + number * kColumnChunk;
+    for (; rest != 0; rest &= rest - 1) {
+      const int column = order.column_at(left + __ffs(rest) - 1);
+      const bool removed = call.bias != nullptr && widen(call.bias[column]) == lowest;
+      *to++ = removed ? column | kRemoved : column;
+    }
   }
   for (int64 i = thread; i < static_cast<int64>(row_tiles) * kPairs; i += threads) {
     const int tile = static_cast<int>(i / kPairs), x = static_cast<int>(i % kPairs);

@@ -48,7 +48,7 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
   for (int at; (at = queue.publish(shared, limit, valid)) < limit;) {
     zeros.store(shared, call, shared.rows_of_item);
     const LogitItem item(shared, row_tiles, at);
-    const SweepTile rows(call, count, item.tile);
+    const SweepTile rows(shared, call, count, item.tile);
     const int* list = call.list + first_pair(shared, call, chunk, item);
     // Of this thread's words: one of eight in each of sixteen columns. Of removed entries the product
     // does not matter.
@@ -177,82 +177,123 @@ __device__ __forceinline__ float column_weight(const Filter& filter, uint64 seed
   return largest < eps * u ? 0.0f : eps / largest;
 }
 
+// What is the same for all elements.
+struct LogitForm {
+  bool plain;   // logits are the products as they are
+  bool capped;
+  float inverse_cap;
+  float scale;  // of records
+
+  __device__ __forceinline__ explicit LogitForm(const BackwardArguments& call)
+      : plain(call.bias == nullptr && call.options.scale == 1.0 && call.options.softcap <= 0.0),
+        capped(call.options.softcap > 0.0),
+        inverse_cap(capped ? 1.0f / static_cast<float>(call.options.softcap) : 0.0f),
+        scale(record_scale(call.largest)) {}
+};
+
+// Probabilities in place, if there is a softcap beside the logits; return the largest of the column, as
+// an integer, and whether the column is any row's target.
+__device__ __forceinline__ uint32 find_probabilities(float (&z)[kLogits],
+                                                     const TileFactors& factors,
+                                                     const OwnColumn& own, bool capped, int half,
+                                                     int q, bool& target_of_any) {
+  uint32 largest = 0;
+  bool found = false;
+#pragma unroll
+  for (int j = 0; j < kSpans; ++j) {
+    const int row = 8 * j + 2 * q;
+    const float2 lse = *reinterpret_cast<const float2*>(&factors.lse[row]);
+    const int2 target = *reinterpret_cast<const int2*>(&factors.target[row]);
+    found = found || own.column == target.x || own.column == target.y;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      float& held = z[sum_index(j, half, side)];
+      const float p = power_of_two(fmaf(held, kLog2E, -(side == 0 ? lse.x : lse.y)));
+      largest = max(largest, __float_as_uint(p));
+      if (!capped) held = p;
+    }
+  }
+  if (own.removed) {
+    largest = 0;
+#pragma unroll
+    for (int j = 0; j < kSpans; ++j)
+#pragma unroll
+      for (int side = 0; side < 2; ++side)
+        if (!capped) z[sum_index(j, half, side)] = 0.0f;
+  }
+  target_of_any = found;
+  return largest;
+}
+
 // From products to records of dz: of 64 columns in a group's registers.
 __device__ __forceinline__ void finish_logits(float (&z)[kLogits], const Shared& shared,
                                               const TileFactors& factors,
                                               const BackwardArguments& call, int64 tile,
-                                              int64 first_pair, float scale, int lane, int warp) {
+                                              int64 first_pair, const LogitForm& form, int lane,
+                                              int warp) {
   const int q = lane % 4;
-  const bool plain = call.bias == nullptr && call.options.scale == 1.0 && call.options.softcap <= 0.0;
-  const bool capped = call.options.softcap > 0.0;
   const bool filtered = call.filter.eps > 0.0;
-  const float inverse_cap = capped ? 1.0f / static_cast<float>(call.options.softcap) : 0.0f;
   uint32 passed = 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const OwnColumn own(call, first_pair + warp * 16 + lane / 4 + 8 * half);
-    if (!plain) make_logits(z, call, own, half);
+    if (!form.plain) make_logits(z, call, own, half);
+    bool target_of_any;
+    uint32 largest =
+        find_probabilities(z, factors, own, form.capped, half, q, target_of_any);
     float weight = own.column < 0 ? 0.0f : 1.0f;
-    if (filtered || !capped) {
-      // Probabilities; with a softcap the logits are wanted again.
-      uint32 largest = 0;
-#pragma unroll
-      for (int j = 0; j < kSpans; ++j) {
-        const int row = 8 * j + 2 * q;
-        const float2 lse = *reinterpret_cast<const float2*>(&factors.lse[row]);
-        const int2 target = *reinterpret_cast<const int2*>(&factors.target[row]);
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-          float& logit = z[sum_index(j, half, side)];
-          float p = power_of_two(fmaf(logit, kLog2E, -(side == 0 ? lse.x : lse.y)));
-          if (own.removed) p = 0.0f;
-          const bool is_own = own.column == (side == 0 ? target.x : target.y);
-          largest = max(largest, __float_as_uint(is_own ? 1.0f : p));
-          if (!capped) logit = p;
-        }
-      }
-      if (filtered) {
-        largest = quad_largest(largest);
-        if (own.column >= 0)
-          weight = column_weight(call.filter, shared.seed, tile, own.column, __uint_as_float(largest));
-      }
+    if (filtered) {
+      // A target counts as 1.
+      largest = quad_largest(target_of_any ? max(largest, __float_as_uint(1.0f)) : largest);
+      if (own.column >= 0)
+        weight = column_weight(call.filter, shared.seed, tile, own.column, __uint_as_float(largest));
     }
     passed += __popc(__ballot_sync(~0u, q == 0 && weight != 0.0f));
-    const bool keeps = own.column >= 0;
     const float smoothing =
         call.smoothing == nullptr || own.column < 0 ? 0.0f : call.smoothing[own.column];
+    const float scaled = weight * form.scale;
     float sum = 0.0f;
     uint4* record = reinterpret_cast<uint4*>(call.dz + own.pair * kRowTile) + q;
-    auto dz_pair = [&](int j) {
-      const int row = 8 * j + 2 * q;
-      const float2 softmax = *reinterpret_cast<const float2*>(&factors.softmax[row]);
-      const float2 onehot = *reinterpret_cast<const float2*>(&factors.onehot[row]);
-      const int2 target = *reinterpret_cast<const int2*>(&factors.target[row]);
-      auto dz = [&](int side) {
-        const float held = z[sum_index(j, half, side)];
-        float p = held;
-        if (capped) {
-          p = power_of_two(fmaf(held, kLog2E, -factors.lse[row + side]));
-          if (own.removed) p = 0.0f;
-        }
-        float x = p * weight * (side == 0 ? softmax.x : softmax.y);
-        if (own.column == (side == 0 ? target.x : target.y)) x -= side == 0 ? onehot.x : onehot.y;
-        if (call.smoothing != nullptr) x -= factors.smoothing[row + side] * smoothing;
-        if (capped) {
-          const float t = held * inverse_cap;
-          x = own.removed ? 0.0f : x * (1.0f - t * t);
-        }
-        // A weight of 0 times NaN is no zero.
-        return keeps ? x * scale : 0.0f;
-      };
-      const float first = dz(0), second = dz(1);
-      sum += first + second;
-      return narrow_pair(first, second);
-    };
+    auto store = [&](auto pair) {
 #pragma unroll
-    for (int j = 0; j < kSpans; j += 4)
-      record[j] = transpose_quad(
-          make_uint4(dz_pair(j), dz_pair(j + 1), dz_pair(j + 2), dz_pair(j + 3)), q);
+      for (int j = 0; j < kSpans; j += 4) {
+        const uint4 words =
+            transpose_quad(make_uint4(pair(j), pair(j + 1), pair(j + 2), pair(j + 3)), q);
+        // What there is of a record that is nobody's may not be a number.
+        record[j] = own.column < 0 ? make_uint4(0, 0, 0, 0) : words;
+      }
+    };
+    if (form.capped || call.smoothing != nullptr || __any_sync(~0u, target_of_any)) {
+      store([&](int j) {
+        const int row = 8 * j + 2 * q;
+        auto dz = [&](int side) {
+          const float held = z[sum_index(j, half, side)];
+          float p = held;
+          if (form.capped)
+            p = own.removed ? 0.0f : power_of_two(fmaf(held, kLog2E, -factors.lse[row + side]));
+          float x = p * scaled * factors.softmax[row + side];
+          if (own.column == factors.target[row + side]) x -= factors.onehot[row + side] * form.scale;
+          if (call.smoothing != nullptr)
+            x -= factors.smoothing[row + side] * smoothing * form.scale;
+          if (form.capped) {
+            const float t = held * form.inverse_cap;
+            x = own.removed ? 0.0f : x * (1.0f - t * t);
+          }
+          return x;
+        };
+        const float first = dz(0), second = dz(1);
+        sum += first + second;
+        return narrow_pair(first, second);
+      });
+    } else {
+      store([&](int j) {
+        const float2 softmax = *reinterpret_cast<const float2*>(&factors.softmax[8 * j + 2 * q]);
+        const float first = z[sum_index(j, half, 0)] * scaled * softmax.x;
+        const float second = z[sum_index(j, half, 1)] * scaled * softmax.y;
+        sum += first + second;
+        return narrow_pair(first, second);
+      });
+    }
     if (call.dz_sum != nullptr) {
       sum = quad_sum(sum);
       if (q == 0) call.dz_sum[own.pair] = sum;
@@ -268,7 +309,7 @@ __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArgum
   const int consumer = threadIdx.x / kGroupThreads - 1, thread = threadIdx.x % kGroupThreads;
   const int steps = (static_cast<int>(call.dim) + kTileK - 1) / kTileK;
   const int limit = shared.most_items * row_tiles;
-  const float scale = record_scale(call.largest);
+  const LogitForm form(call);
   TileFactors& factors = shared.factors[consumer];
   // Defined here: else it would be held from the chunk before.
   float z[kBlocksM][kLogits] = {};
@@ -280,7 +321,7 @@ __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArgum
     } else {
       named_sync<kOfGroup + 1, kGroupThreads>();
     }
-    read_factors(factors, call, SweepTile(call, count, item.tile));
+    read_factors(factors, call, SweepTile(shared, call, count, item.tile));
     int done = 0;
     for (int step = 0; step < steps; ++step) {
       wait_for(shared.ring.full[place.stage], place.parity);
@@ -306,8 +347,8 @@ __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArgum
     // Not a loop: the compiler leaves long ones as they are, with the sums in memory.
     static_assert(kBlocksM == 2, "each block is finished here");
     const int64 tile = call.first_tile + item.tile;
-    finish_logits(z[0], shared, factors, call, tile, first, scale, thread % 32, thread / 32);
-    finish_logits(z[1], shared, factors, call, tile, first + 64, scale, thread % 32, thread / 32);
+    finish_logits(z[0], shared, factors, call, tile, first, form, thread % 32, thread / 32);
+    finish_logits(z[1], shared, factors, call, tile, first + 64, form, thread % 32, thread / 32);
   }
   queue.finish(limit);
 }

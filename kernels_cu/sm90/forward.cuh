@@ -181,13 +181,16 @@ __device__ __forceinline__ void raise_bound(int* bound, float reference, float s
 __device__ __forceinline__ void share_bounds(Shared& shared, const ForwardArguments& call,
                                              int count) {
   const int thread = this_thread(), row = first_row(shared.row_tile[thread]);
-  float known[kBlocksM][2], seen[kBlocksM][2];
+  float known[kBlocksM][2], finished[kBlocksM][2], seen[kBlocksM][2];
   // All loads first.
 #pragma unroll
   for (int m = 0; m < kBlocksM; ++m)
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      known[m][half] = from_ordered(__ldcg(call.bound + min(row + 64 * m + 8 * half, count - 1)));
+    for (int half = 0; half < 2; ++half) {
+      const int at = min(row + 64 * m + 8 * half, count - 1);
+      known[m][half] = from_ordered(__ldcg(call.bound + at));
+      finished[m][half] = __ldcg(call.finished + at);
+    }
 #pragma unroll
   for (int m = 0; m < kBlocksM; ++m)
 #pragma unroll
@@ -198,8 +201,12 @@ __device__ __forceinline__ void share_bounds(Shared& shared, const ForwardArgume
     for (int half = 0; half < 2; ++half) {
       const int at = row + 64 * m + 8 * half;
       const float told = known[m][half] - shared.reference.at(m, half);
+      // This unit's columns are none of those that have been worked on. A reference that has moved
+      // away from the target's has no part in those.
+      const bool alike = shared.reference.at(m, half) == shared.base.at(m, half);
+      const float sum = seen[m][half] + (alike ? finished[m][half] : 0.0f);
       // Finite both ways: zero would keep nothing, and infinity times zero is not a number.
-      const float inverse = fmaxf(fminf(__fdividef(1.0f, seen[m][half]), power_of_two(-told)),
+      const float inverse = fmaxf(fminf(__fdividef(1.0f, sum), power_of_two(-told)),
                                   1.0f / kHighest);
       // A row that is not there keeps nothing.
       shared.inverse.at(m, half) = at < count ? inverse : 0.0f;
@@ -232,6 +239,7 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
         const int row = first_row(row_tile) + 64 * m + 8 * half;
         const float reference = row < count ? call.own[row] * kLog2E : kHighest;
         shared.reference.at(m, half) = reference < kFar ? kLowest : reference;
+        shared.base.at(m, half) = reference;
         shared.rest.at(m, half) = 0;
         shared.target.at(m, half) =
             __int_as_float(row < count ? static_cast<int>(call.map.target[row]) : -1);
@@ -272,7 +280,13 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
         const int row = first_row(shared.row_tile[this_thread()]) + 64 * m + 8 * half;
         const float rest = quad_sum(shared.rest.at(m, half));
         if (this_thread() % 4 != 0 || row >= count) continue;
-        if (call.bits != nullptr) raise_bound(call.bound + row, shared.reference.at(m, half), rest);
+        if (call.bits != nullptr && shared.reference.at(m, half) == shared.base.at(m, half)) {
+          // The order of these additions has no say in the results: bounds only choose what else the
+          // backward looks at. A sum that is not a number bounds nothing.
+          if (rest > 0) atomicAdd(call.finished + row, fminf(rest, kHighest));
+        } else if (call.bits != nullptr) {
+          raise_bound(call.bound + row, shared.reference.at(m, half), rest);
+        }
         const int64 slot = shared.part[this_thread()] * call.capacity;
         call.out.reference[slot + row] = shared.reference.at(m, half);
         call.out.rest[slot + row] = rest;

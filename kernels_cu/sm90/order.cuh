@@ -9,7 +9,7 @@ constexpr int kOrderBlock = 128;                           // columns whose grad
 constexpr int kWordsOfBlock = kOrderBlock / kColumnChunk;  // of kept bits
 constexpr int kHalves = 2;         // halves of a block may leave out row tiles that none of them keeps
 constexpr int kPairs = 256;        // kept columns of a row tile that are recomputed at once
-constexpr int kMostRowTiles = 2048;
+constexpr int kMostRowTiles = 1024;
 
 // Columns that the same row tiles keep stand together, so that few row tiles matter to a block of them;
 // columns that nobody keeps come last. Row tiles count from the first of the sweep. Without bits every

@@ -147,23 +147,31 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
   const int d = item.part * kWidth + word * kWordElements;
   const int block = call.order.block_at(chunk.first + item.place);
   KeepingTiles tiles(call.order, block, row_tiles);
-  for (int tile; (tile = tiles.next()) >= 0;) {
-    uint32 kept[kWordsOfBlock];
+  // What the next tile keeps is on its way while this one's words are copied.
+  int tile = tiles.next(), before = 0;
+  uint32 kept[kWordsOfBlock];
+  auto look = [&] {
+    if (tile < 0) return;
     call.order.read_words(kept, tile, block);
-    int rank = shared.start[tile] + call.order.kept_before(tile, block);
-    const Storage* record[kColumnsOfThread];
+    before = call.order.kept_before(tile, block);
+  };
+  look();
+  while (tile >= 0) {
+    int rank = shared.start[tile] + before;
+    int pair[kColumnsOfThread];
 #pragma unroll
     for (int k = 0; k < kWordsOfBlock; ++k) {
 #pragma unroll
       for (int i = 0; i < kRowsOfWord; ++i) {
         const int bit = first + i * kRowStep;
-        const int64 pair = rank + __popc(kept[k] & ((1u << bit) - 1u));
-        record[k * kRowsOfWord + i] =
-            kept[k] >> bit & 1 ? call.dz + pair * kRowTile + word * kWordElements : nullptr;
+        pair[k * kRowsOfWord + i] =
+            kept[k] >> bit & 1 ? rank + __popc(kept[k] & ((1u << bit) - 1u)) : -1;
       }
       rank += __popc(kept[k]);
     }
-    const SweepTile rows(call, count, tile);
+    const SweepTile rows(shared, call, count, tile);
+    tile = tiles.next();
+    look();
     for (int half = 0; half < 2; ++half, place.next()) {
       ClassifierStage& stage = shared.stage[place.stage].classifier;
       wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
@@ -179,11 +187,12 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
         }
       }
       const uint32 dz = shared_address(stage.dz) + in_tile;
+      const Storage* record = call.dz + half * kTileK + word * kWordElements;
 #pragma unroll
       for (int i = 0; i < kColumnsOfThread; ++i)
         copy_word(dz + i * kRowStep * kTileK * sizeof(Storage),
-                  record[i] == nullptr ? call.dz : record[i] + half * kTileK,
-                  record[i] == nullptr ? 0 : kWordBytes);
+                  record + static_cast<int64>(max(pair[i], 0)) * kRowTile,
+                  pair[i] < 0 ? 0 : kWordBytes);
       if (!rows.follow) {
         const Storage* row[kRowsOfThread];
 #pragma unroll

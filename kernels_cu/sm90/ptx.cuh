@@ -146,9 +146,9 @@ __device__ __forceinline__ void wait_for_bulk() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-// 16 bytes; zeros where `bytes` is 0.
+// 16 bytes; zeros where `bytes` is 0. The L2 fetches all 128 that others of the warp want the rest of.
 __device__ __forceinline__ void copy_word(uint32 to, const void* from, uint32 bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
 

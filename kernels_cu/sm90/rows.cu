@@ -10,7 +10,8 @@ using namespace cce;
 // a first lower bound of its lse. One warp a row. Also clears the bits, of `words` words.
 extern "C" __global__ void __launch_bounds__(256)
     target_logits(Matrix e, Matrix c, const Storage* bias, int64 dim, LogitOptions options,
-                  RowMap map, float* own, int* bound, float* target_logit, uint32* bits, int64 words) {
+                  RowMap map, float* own, int* bound, float* finished, float* target_logit, uint32* bits,
+                  int64 words) {
   const int64 thread = blockIdx.x * static_cast<int64>(blockDim.x) + threadIdx.x;
   for (int64 i = thread; i < words; i += static_cast<int64>(gridDim.x) * blockDim.x) bits[i] = 0;
   const int64 row = thread / 32;
@@ -37,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(256)
   const float logit = target < 0 ? lowest : make_logit(sum, bias, target, options);
   own[row] = logit;
   bound[row] = ordered(logit > kLowest ? logit * kLog2E : kLowest);
+  finished[row] = 1.0f;
   target_logit[row] = lowest;
 }
 

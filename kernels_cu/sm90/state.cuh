@@ -33,6 +33,7 @@ struct Shared {
   RowState reference;          // exponents that the sums are relative to, in powers of two
   RowState rest;               // sums of this thread's columns
   RowState inverse;            // of lower bounds of the rows' whole sums
+  RowState base;               // what 'finished' is relative to
   RowState target;             // columns, as integers; -1 for none
   uint64 seed;                 // of the filter
   int unit[kConsumers * kGroupThreads];      // the one at hand, as each thread knows it,
@@ -43,7 +44,7 @@ struct Shared {
 };
 
 // What the host must give a launch; a stage may have to move up to where its alignment is.
-static_assert(sizeof(Shared) + alignof(Stage) == 227328, "_HOPPER_SHARED_BYTES of compiler.py");
+static_assert(sizeof(Shared) + alignof(Stage) == 231424, "_HOPPER_SHARED_BYTES of compiler.py");
 
 // Partial sums of units: arrays of (2 * units across, capacity); null where not asked for.
 // Exponents count in powers of two.
@@ -69,6 +70,7 @@ struct ForwardArguments {
   int group;
   const float* own;  // of each row: what its sums are relative to
   int* bound;        // lower bounds of lse in powers of two, ordered; raised on the way
+  float* finished;   // sums over the units that have been worked on, relative to own, and the target's
   float* target_logit;
   UnitSums out;
   int64 capacity;
