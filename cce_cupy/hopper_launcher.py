@@ -7,7 +7,6 @@ from typing import NamedTuple
 from .launcher import Launcher
 from .plan import (
     ORDER_THREADS,
-    ROW_TILE,
     HopperBackward,
     HopperPass,
     Sweep,
@@ -22,8 +21,8 @@ _THREADS = 384
 _BOX = 64
 """kTileK of kernels_cu/sm90/operand.cuh: rows and columns of the boxes that are copied."""
 
-_COUNTERS = 32
-"""Bytes of the counters of a pass; before them stands the largest factor."""
+_LARGEST = 8
+"""Bytes of the largest factor, which stands before the counters of the passes."""
 
 
 class _Outputs(NamedTuple):
@@ -75,36 +74,41 @@ class HopperLauncher(Launcher):
                         room[f"{name}_total"],
                     )  # fmt: skip
         outputs = _Outputs(bits, unbounded, de, dc, dbias, passed, wanted)
-        counters = room["counters"]
+        counters = room["counters"] + _LARGEST
         for sweep in needed_sweeps(plan.sweeps, wanted):
             for part in cut.passes(plan.tiles, alone=not sweep.c, filtered=sweep.filtered):
-                counters += _COUNTERS
                 self._pass(cut, sweep, part, counters, outputs)
+                counters += cut.counters[-1]
 
     def _pass(
         self, cut: HopperBackward, sweep: Sweep, part: HopperPass, counters: int, outputs: _Outputs
     ) -> None:
         """Order the columns that a pass keeps, and work through them."""
         problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
-        names = ("column", "word", "before", "tiles", "block", "chunk")
+        names = ("column", "word", "before", "kept_in", "tiles", "block", "chunk", "range")
+        kept: tuple[int, ...] = (0, 0, 0, problem.vocab)
+        if sweep.filtered:
+            bits = outputs.bits + 4 * plan.words * part.first_tile
+            kept = bits, plan.words, outputs.unbounded + 4 * part.first_tile, problem.vocab
         order = (
-            *(room[f"order_{name}"] if sweep.filtered else 0 for name in names),
-            problem.vocab, cut.order_blocks, cut.tile_words, part.chunk_blocks,
+            *kept, *(room[f"order_{name}"] if sweep.filtered else 0 for name in names),
+            cut.order_blocks, cut.natural_blocks, cut.tile_words, part.chunk_blocks,
         )  # fmt: skip
-        ordered, queue, arrived = counters, counters + 8, counters + 16
+        ordered, queue, arrived, active, ready = (counters + at for at in cut.counters[:-1])
         if sweep.filtered:
             self.launch(
-                "sm90/order", "order_columns", (cut.blocks, 1), (ORDER_THREADS, 1),
-                room["count"], outputs.bits + 4 * plan.words * part.first_tile, plan.words,
-                outputs.unbounded + 4 * part.first_tile, part.first_tile, part.tiles,
-                cut.pairs, cut.pairs_in_one, *order,
-                *(room["records"] + at for at in cut.scratch), ordered,
+                "sm90/order", "order_columns", (cut.blocks, 1), (ORDER_THREADS, 1), room["count"],
+                part.first_tile, part.tiles, cut.pairs, cut.pairs_in_one, *order,
+                *(room["records"] + at for at in cut.scratch), active, ordered,
                 cooperative=True,
             )  # fmt: skip
         shape = problem.tokens, problem.dim
         e_map = tensor_map(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, (_BOX, _BOX))
-        shape = cut.pairs_in_one, ROW_TILE
-        dz_map = tensor_map(room["records"], shape, ROW_TILE, problem.dtype, (_BOX, _BOX))
+        lists: tuple[int, ...] = room["list"], 0, 0
+        passed: tuple[int, ...] = 0, 0
+        if sweep.filtered:
+            lists = room["list"], room["rank"], room["slot"]
+            passed = room["passed_pairs"], room["carried"]
         rank_one, wanted = self.rank_one, outputs.wanted
         wants_e, wants_c = sweep.e and wanted.e, sweep.c and wanted.c
         with_bias = sweep.c and wanted.bias
@@ -112,12 +116,13 @@ class HopperLauncher(Launcher):
         counts = sweep.filtered and (sweep.c or not in_columns)
         smoothing = room["smoothing"] if plan.smooths else 0
         self.launch(
-            "sm90/backward", "backward", (cut.blocks, 1), (_THREADS, 1), e_map, dz_map,
+            "sm90/backward", "backward", (cut.blocks, 1), (_THREADS, 1), e_map,
             *self.e, *self.c, *self.map, inputs.bias, 0 if rank_one else smoothing, problem.dim,
             *self.logit_options, *(self.filter() if sweep.filtered else (0.0, 1.0, False)),
             part.first_tile, part.tiles, *order, room["row_lse"], *self.factors(),
-            room["counters"], room["list"], room["records"], room["dz_sum"] if with_bias else 0,
-            room["records"] + cut.low_offset, smoothing if rank_one else 0,
+            room["counters"], *lists, room["records"], cut.pairs_in_one, *passed, ready,
+            room["dz_sum"] if with_bias else 0, room["records"] + cut.low_offset,
+            smoothing if rank_one else 0,
             room["classifier_total"] if rank_one and wants_e else 0,
             room["embedding_total"] if rank_one and wants_c else 0,
             room["smoothing_rows"], outputs.de if wants_e else 0, outputs.dc if wants_c else 0,

@@ -32,8 +32,23 @@ HOPPER_FORWARD = (
     MATRIX + ROW_MAP + "PPqq" + LOGIT_OPTIONS + FILTER + "ii4P" + UNIT_SUMS + "qPq"
 )  # e, map; bias, smoothing, dim, vocab; how it is cut, rows' own; sums; capacity, bits, words
 
-COLUMN_ORDER = "6Pqiii0P"
-ORDER_SCRATCH = "6P"
+KEPT_COLUMNS = "PqPq"
+COLUMN_ORDER = KEPT_COLUMNS + "8Piiii0P"
+ORDER_SCRATCH = "8P"
+PAIRS = "4Pi0P3P"  # their lists and records, what is carried, and what has passed
+HOPPER_BACKWARD = (
+    MATRIX + MATRIX + ROW_MAP + "PPq" + LOGIT_OPTIONS + FILTER + "qq" + COLUMN_ORDER + "P"
+    + ROW_FACTORS + "P" + PAIRS + "12P"
+)  # fmt: skip
+"""e, c, map; bias, smoothing, dim; row tiles, their order; row_lse, factors; pairs; what is summed."""
+
+_FORWARD = (
+    MATRIX + ROW_MAP + "PPqq" + LOGIT_OPTIONS + FILTER + "ii4P" + UNIT_SUMS + "qPq"
+)  # e, map; bias, smoothing, dim, vocab; how it is cut, rows' own; sums; capacity, bits, words
+
+KEPT_COLUMNS = "PqPq"
+COLUMN_ORDER = KEPT_COLUMNS + "8Piiii0P"
+ORDER_SCRATCH = "8P"
 HOPPER_BACKWARD = (
     MATRIX
     + MATRIX
@@ -105,15 +120,14 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "sm90/order.cu": {
         "order_columns": (
-            POINTER, POINTER, INT64, POINTER, INT64, INT32, INT32, INT32, COLUMN_ORDER,
-            ORDER_SCRATCH, POINTER,
+            POINTER, INT64, INT32, INT32, INT32, COLUMN_ORDER, ORDER_SCRATCH, POINTER,
         ),
     },
     "sm90/factors.cu": {
         "largest_factor": (POINTER, POINTER, POINTER, POINTER),
         "sum_parts": (POINTER, INT32, INT64, POINTER),
     },
-    "sm90/backward.cu": {"backward": (TENSOR_MAP, TENSOR_MAP, HOPPER_BACKWARD)},
+    "sm90/backward.cu": {"backward": (TENSOR_MAP, HOPPER_BACKWARD)},
 }  # fmt: skip
 
 

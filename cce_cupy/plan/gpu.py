@@ -47,7 +47,6 @@ _DENSE_BLOCK = 128
 _WIDE_RANGE = 1024
 _LONGEST_CHAIN = 512  # row tiles that enter one sum of dC one by one
 _SMOOTHING_PARTS = 64
-_COUNTER_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         totals = dict.fromkeys(("classifier_total", "embedding_total"), 4 * dim if smooths else 0)
         passes = 1 + -(-tiles // hopper_backward.row_tiles)
         backward |= {
-            "counters": _COUNTER_BYTES * (1 + passes),
+            "counters": 8 + hopper_backward.counters[-1] * passes,
             **totals,
             **hopper_backward.room,
         }

@@ -31,6 +31,7 @@ _ALIGNMENT = 256  # of a piece of workspace
 _LIST_UNIT = 256  # kPairs of kernels_cu/sm90/order.cuh: lists of row tiles are whole items of it
 _MOST_ROW_TILES = 1024  # kMostRowTiles there
 _RECORD_BYTES = 2 * ROW_TILE
+_CARRIED = 16  # kStep of kernels_cu/sm90/passed.cuh
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ class HopperPass(NamedTuple):
 class HopperBackward:
     """How the backward is cut: what a launch is given, and what the device cuts by itself.
 
-    How many columns are kept is known on the device only. It cuts the columns into chunks whose
-    records fit; dE of a row tile is added up over the chunks, in two halves of float32 numbers:
+    How many columns are kept is known on the device only. It cuts the vocabulary into chunks whose
+    records fit; dE of a row tile goes on from chunk to chunk, in two halves of float32 numbers:
     the high ones where dE will be, the low ones in the workspace.
 
     Attributes
@@ -150,14 +151,18 @@ class HopperBackward:
         Whether one pass over all row tiles forms both gradients.
     row_tiles : int
         Row tiles of a pass that forms dE alone; dC takes all of them.
-    order_blocks : int
-        Blocks of 128 columns.
+    natural_blocks, order_blocks : int
+        Blocks of 128 columns: of the vocabulary, and at most in the order of the kept columns.
     tile_words : int
         32-bit words that hold a bit for each row tile.
     pairs, pairs_in_one : int
         Kept (row tile, column) pairs of a chunk; and of all, where one chunk then does.
     low_offset : int
         Where the low halves start, in bytes from the first record.
+    counters : tuple of int
+        Where the zeros start that a pass counts in, in bytes from the first: of sorting, of the
+        work handed out, of the blocks that wait for each other, of the chunks' columns, of the
+        row tiles whose pairs are known; and their size.
     scratch : tuple of int
         Where the pieces start that sorting the columns takes, in bytes from the first record: it
         is done when records come.
@@ -168,11 +173,13 @@ class HopperBackward:
     blocks: int
     together: bool
     row_tiles: int
+    natural_blocks: int
     order_blocks: int
     tile_words: int
     pairs: int
     pairs_in_one: int
     low_offset: int
+    counters: tuple[int, ...]
     scratch: tuple[int, ...]
     room: dict[str, int]
 
@@ -194,8 +201,8 @@ class HopperBackward:
             yield HopperPass(first, number, 0 if filtered else self._chunk_blocks(number))
 
     def _chunk_blocks(self, tiles: int) -> int:
-        if self.pairs_in_one // tiles >= whole(self.order_blocks * ORDER_BLOCK, _LIST_UNIT):
-            return self.order_blocks
+        if self.pairs_in_one // tiles >= whole(self.natural_blocks * ORDER_BLOCK, _LIST_UNIT):
+            return self.natural_blocks
         return max(self.pairs // tiles // _LIST_UNIT * (_LIST_UNIT // ORDER_BLOCK), 1)
 
 
@@ -223,68 +230,88 @@ def plan_hopper_backward(
     HopperBackward or None
         None where the workspace is too small, or there are more row tiles than fit.
     """
-    tiles = -(-problem.tokens // ROW_TILE)
-    order_blocks, tile_words = -(-problem.vocab // ORDER_BLOCK), -(-tiles // 32)
-    if tiles > _MOST_ROW_TILES or tiles * order_blocks * ORDER_BLOCK > _LONGEST:
+    tiles, vocab = -(-problem.tokens // ROW_TILE), problem.vocab
+    natural_blocks, tile_words = -(-vocab // ORDER_BLOCK), -(-tiles // 32)
+    if tiles > _MOST_ROW_TILES or tiles * natural_blocks * ORDER_BLOCK > _LONGEST:
         return None
-    order = {}
-    if filtered:
+    allowed = problem.workspace_bytes or DEFAULT_WORKSPACE_BYTES
+    most = tiles * whole(natural_blocks * ORDER_BLOCK, _LIST_UNIT)
+    # A block of columns of all row tiles, and what rounds their lists up.
+    least = tiles * (ORDER_BLOCK + _LIST_UNIT - 1)
+    each = _RECORD_BYTES + 4 + (8 if filtered else 0) + (4 if problem.has_bias else 0)
+    carried = 2 * _CARRIED * tiles if filtered else 0
+
+    def lay_out(chunks: int) -> tuple[int, dict[str, int], int]:
+        """Return the most blocks of the order, its pieces, and how many pairs there is room for."""
+        blocks = natural_blocks + chunks
         order = {
-            "order_column": 4 * problem.vocab,
-            "order_word": tiles * order_blocks * ORDER_BLOCK // 8,
-            "order_before": 4 * tiles * (order_blocks + 1),
-            "order_tiles": 2 * 4 * order_blocks * tile_words,
-            "order_block": 4 * order_blocks,
-            "order_chunk": 4 * (order_blocks + 2),
+            "order_column": 4 * blocks * ORDER_BLOCK,
+            "order_word": tiles * blocks * ORDER_BLOCK // 8,
+            "order_before": 4 * tiles * (blocks + 1),
+            "order_kept_in": 4 * tiles * (natural_blocks + 1),
+            "order_tiles": 2 * 4 * blocks * tile_words,
+            "order_block": 4 * blocks,
+            "order_chunk": 4 * (chunks + 3),
+            "order_range": 4 * (chunks + 1),
+            "passed_pairs": 4 * tiles,
+            "carried": 4 * tiles,
         }
-    # OrderScratch of kernels_cu/sm90/order.cu.
+        order = order if filtered else {}
+        taken = sum(whole(size, _ALIGNMENT) for size in order.values())
+        taken += carried * (_RECORD_BYTES + 4) + (4 * _CARRIED * tiles if filtered else 0)
+        return blocks, order, min((allowed - taken) // each, most)
+
+    def low_bytes(row_tiles: int, in_one: int) -> int:
+        return 0 if in_one == most else whole(2 * ROW_TILE * row_tiles * problem.dim, _ALIGNMENT)
+
+    def fits(row_tiles: int, in_one: int) -> bool:
+        left = in_one - -(-low_bytes(row_tiles, in_one) // _RECORD_BYTES)
+        return left >= min(max(2 * least, in_one // 2), most)
+
+    # All but the last chunk of the worst case are half full at least, with half of the room left.
+    in_one = lay_out(natural_blocks)[2]
+    if in_one <= 0:
+        return None
+    chunks = min(4 * most // in_one + 2, natural_blocks)
+    order_blocks, order, in_one = lay_out(chunks)
+    row_tiles = tiles
+    while not fits(row_tiles, in_one) and row_tiles > 1:
+        row_tiles = -(-row_tiles // 2)
+    if not fits(row_tiles, in_one):
+        return None
+    low = low_bytes(row_tiles, in_one)
+    records = in_one * _RECORD_BYTES
+    # OrderScratch of kernels_cu/sm90/order.cu, but for the columns of each chunk.
     scratch = (
-        2 * 4 * problem.vocab,
-        2 * 4 * problem.vocab,
-        4 * problem.vocab * tile_words,
+        2 * 4 * vocab,
+        2 * 4 * vocab,
+        4 * vocab * tile_words,
+        4 * vocab,
         4 * processors * ORDER_DIGITS,
-        4 * (order_blocks + 1),
+        4 * (natural_blocks + 1),
         4 * order_blocks,
     )
     ends = tuple(itertools.accumulate(whole(size, _ALIGNMENT) for size in scratch))
-    allowed = problem.workspace_bytes or DEFAULT_WORKSPACE_BYTES
-    each = _RECORD_BYTES + 4 + (4 if problem.has_bias else 0)
-    rest = allowed - sum(whole(size, _ALIGNMENT) for size in order.values())
-    most = tiles * whole(order_blocks * ORDER_BLOCK, _LIST_UNIT)
-    in_one = min(rest // each, most)
-    # A block of columns of all row tiles, and what rounds their lists up.
-    least = tiles * (ORDER_BLOCK + _LIST_UNIT - 1)
-    if in_one < min(least, most):
-        return None
-
-    def low_bytes(row_tiles: int) -> int:
-        return 0 if in_one == most else whole(2 * ROW_TILE * row_tiles * problem.dim, _ALIGNMENT)
-
-    def pairs(row_tiles: int) -> int:
-        return in_one - -(-low_bytes(row_tiles) // _RECORD_BYTES)
-
-    row_tiles = tiles
-    fits = pairs(tiles) >= min(max(least, in_one // 2), most)
-    while not fits and row_tiles > 1:
-        row_tiles = -(-row_tiles // 2)
-        fits = pairs(row_tiles) >= max(least, in_one // 2)
-    if not fits:
-        return None
-    records = in_one * _RECORD_BYTES
+    counters = (8, 8, 8, 4 * (chunks + 1), 4 * tiles)
+    counters_ends = tuple(itertools.accumulate(whole(size, 8) for size in counters))
     return HopperBackward(
         blocks=processors,
         together=together and row_tiles == tiles,
         row_tiles=row_tiles,
+        natural_blocks=natural_blocks,
         order_blocks=order_blocks,
         tile_words=tile_words,
-        pairs=pairs(row_tiles),
+        pairs=in_one - -(-low // _RECORD_BYTES),
         pairs_in_one=in_one,
-        low_offset=records - low_bytes(row_tiles),
+        low_offset=records - low,
+        counters=(0, *counters_ends),
         scratch=(0, *ends[:-1]),
         room={
             **order,
-            "list": 4 * in_one,
+            "list": 4 * (in_one + carried),
             "dz_sum": 4 * in_one if problem.has_bias else 0,
-            "records": max(records, ends[-1] if filtered else 0),
+            "rank": 4 * (in_one + _CARRIED * tiles) if filtered else 0,
+            "slot": 4 * in_one if filtered else 0,
+            "records": max(records + carried * _RECORD_BYTES, ends[-1] if filtered else 0),
         },
     )

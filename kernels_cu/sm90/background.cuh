@@ -17,11 +17,11 @@ struct ZeroRows {
 
   __device__ __forceinline__ ZeroRows(const BackwardArguments& call, int first_block) {
     if (!zero_background(call)) return;
-    const int vocab = static_cast<int>(call.order.vocab);
-    const int first = min(first_block * kOrderBlock, vocab);
-    const int each = (vocab - first + gridDim.x - 1) / gridDim.x;
-    next = min(first + static_cast<int>(blockIdx.x) * each, vocab);
-    last = min(next + each, vocab);
+    const int places = call.order.places();
+    const int first = min(first_block * kOrderBlock, places);
+    const int each = (places - first + gridDim.x - 1) / gridDim.x;
+    next = min(first + static_cast<int>(blockIdx.x) * each, places);
+    last = min(next + each, places);
   }
   // Store up to some rows. All threads of the group that copies.
   __device__ __forceinline__ void store(const Shared& shared, const BackwardArguments& call,
@@ -54,14 +54,14 @@ __device__ __forceinline__ void share_zero_rows(Shared& shared, const BackwardAr
 // What label smoothing brings, and dbias. All threads.
 __device__ __forceinline__ void fill_background(const BackwardArguments& call, int first_block,
                                                 int64 thread, int64 threads) {
-  const int64 first = static_cast<int64>(first_block) * kOrderBlock, vocab = call.order.vocab;
+  const int64 first = static_cast<int64>(first_block) * kOrderBlock, places = call.order.places();
   const float scale = static_cast<float>(call.options.scale);
   const int words = static_cast<int>(call.dim) / kWordElements;
   if (call.dc != nullptr && !zero_background(call))
-    for (int64 i = first * words + thread; i < vocab * words; i += threads) {
+    for (int64 i = first * words + thread; i < places * words; i += threads) {
       const int64 place = i / words;
       const int d = static_cast<int>(i - place * words) * kWordElements;
-      const int column = call.order.column_at(place);
+      const int column = call.order.column_at(static_cast<int>(place));
       const float factor = -call.smoothing_class[column] * scale;
       auto pair = [&](int k) {
         return narrow_pair(factor * call.smoothing_embedding[d + 2 * k],
@@ -71,8 +71,8 @@ __device__ __forceinline__ void fill_background(const BackwardArguments& call, i
           make_uint4(pair(0), pair(1), pair(2), pair(3));
     }
   if (call.dbias != nullptr)
-    for (int64 place = first + thread; place < vocab; place += threads) {
-      const int column = call.order.column_at(place);
+    for (int64 place = first + thread; place < places; place += threads) {
+      const int column = call.order.column_at(static_cast<int>(place));
       const double whole = call.smoothing_class == nullptr
                                ? 0.0
                                : -call.smoothing_class[column] * *call.smoothing_rows;

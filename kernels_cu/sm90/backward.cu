@@ -8,8 +8,7 @@ using namespace cce;
 
 // A cooperative launch of one block for each multiprocessor.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    backward(const __grid_constant__ TensorMap e_map, const __grid_constant__ TensorMap dz_map,
-             const __grid_constant__ BackwardArguments call) {
+    backward(const __grid_constant__ TensorMap e_map, const __grid_constant__ BackwardArguments call) {
   extern __shared__ unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(
       memory + (alignof(Stage) - shared_address(memory) % alignof(Stage)) % alignof(Stage));
@@ -56,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       prepare(chunk);
       copy_logits(shared, e_map, call, chunk, row_tiles, count, zeros, queue, place);
       barrier.wait();
-      copy_gradients(shared, e_map, dz_map, call, chunk, row_tiles, count, queue, place);
+      copy_gradients(shared, e_map, call, chunk, row_tiles, count, k == chunks - 1, queue, place);
       barrier.wait();
     }
     zeros.store(shared, call, zeros.last);
@@ -67,7 +66,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       const Chunk chunk(call.order, k);
       prepare(chunk);
       form_dlogits(shared, call, chunk, row_tiles, count, queue, place);
-      fence_async_proxy_everywhere();
       barrier.wait();
       if (call.dbias != nullptr) form_bias(shared, call, chunk, row_tiles);
       form_gradients(shared, call, chunk, row_tiles, count, k == 0, k == chunks - 1, queue, place);

@@ -28,6 +28,7 @@ constexpr int kNobody = -1;        // in a list: past its end
 
 constexpr int kEverybody = 1;  // named barriers; 0 is __syncthreads
 constexpr int kOfGroup = 2;    // and one more
+constexpr int kCopiers = 4;
 
 static_assert(kRowStep % 8 == 0, "a thread's rows have one swizzle");
 
@@ -36,7 +37,7 @@ struct LogitStage {
   Storage e[kRowTile * kTileK];
 };
 struct EmbeddingStage {
-  Storage dz[2][kTileK * kTileK];  // (halves of the rows, pairs, rows)
+  Storage dz[kRowTile / kTileK][kTileK * kTileK];  // (halves of the rows, pairs, rows)
   Storage c[kSpread][kTileK * kTileK];
 };
 struct ClassifierStage {
@@ -73,6 +74,7 @@ struct Shared {
   int pairs[kMostRowTiles];
   int source[kMostRowTiles];  // its first row in e, where one copy of a box brings them all; or -1
   int most_items;
+  int copier_sum[kGroupThreads / 32];
   int rows_of_item;  // rows of zeros that a block stores along with an item of dz
   uint64 seed;
   alignas(kWordBytes) unsigned char zeros[kZeroBytes];
@@ -97,7 +99,13 @@ struct BackwardArguments {
   RowFactors factors;
   const uint32* largest;  // of the rows' factors, as an integer
   int* list;              // column of each pair, those of a row tile after each other
-  Storage* dz;            // (pairs, kRowTile)
+  int* rank;              // of each pair in the vocabulary's order; later the pairs that passed
+  int* slot;              // by rank: the pair, if it passed the exact test, or -1
+  Storage* dz;            // (pairs, kRowTile), and behind them what is carried from chunk to chunk
+  int carry;              // where that starts
+  int* passed_pairs;      // (tiles): what a chunk brings to dE
+  int* carried;           // (tiles): what is carried on to the next
+  int* ready;             // (tiles): chunks whose passed pairs are known; zeros before
   float* dz_sum;          // of each pair over its rows; or null
   unsigned short* low;    // (rows of the sweep, D): low halves of unfinished sums; the high ones wait in de
   const float* smoothing_class;     // the same where it is of rank one: of each class, or null
@@ -159,13 +167,14 @@ __device__ __forceinline__ uint32 word_place(int row, int word) {
   return (row * kWordsOfRow + (word ^ row % 8)) * kWordBytes;
 }
 
-// The blocks of the order that are worked on at a time, and where their pairs lie.
+// The blocks of the order that are worked on at a time.
 struct Chunk {
+  int number;
   int first;
   int last;
 
   __device__ __forceinline__ Chunk(const ColumnOrder& order, int number)
-      : first(order.first_block(number)), last(order.first_block(number + 1)) {}
+      : number(number), first(order.first_block(number)), last(order.first_block(number + 1)) {}
 };
 
 // Lists are whole items. One warp.
@@ -197,6 +206,12 @@ __device__ __forceinline__ void place_lists(Shared& shared, const ColumnOrder& o
   if (lane == 0) shared.most_items = most;
 }
 
+// Where the list of a row tile starts.
+__device__ __forceinline__ int list_start(const Shared& shared, const BackwardArguments& call,
+                                          const Chunk& chunk, int tile) {
+  return shared.start[tile] + call.order.kept_before(tile, chunk.first);
+}
+
 // Write the lists of a chunk, and past their ends that nobody is there.
 __device__ __forceinline__ void fill_lists(const Shared& shared, const BackwardArguments& call,
                                            const Chunk& chunk, int row_tiles, int64 thread,
@@ -216,17 +231,19 @@ __device__ __forceinline__ void fill_lists(const Shared& shared, const BackwardA
       if (k < number) to += __popc(kept[k]);
       if (k == number) rest = kept[k];
     }
-    const int64 left = static_cast<int64>(block) * kOrderBlock + number * kColumnChunk;
-    for (; rest != 0; rest &= rest - 1) {
+    const int left = block * kOrderBlock + number * kColumnChunk;
+    for (; rest != 0; rest &= rest - 1, ++to) {
       const int column = order.column_at(left + __ffs(rest) - 1);
       const bool removed = call.bias != nullptr && widen(call.bias[column]) == lowest;
-      *to++ = removed ? column | kRemoved : column;
+      *to = removed ? column | kRemoved : column;
+      if (!order.whole())
+        call.rank[to - call.list] = order.natural_rank(tile, chunk.number, column);
     }
   }
   for (int64 i = thread; i < static_cast<int64>(row_tiles) * kPairs; i += threads) {
     const int tile = static_cast<int>(i / kPairs), x = static_cast<int>(i % kPairs);
     const int pairs = shared.pairs[tile], at = pairs / kPairs * kPairs + x;
-    const int start = shared.start[tile] + order.kept_before(tile, chunk.first);
+    const int start = list_start(shared, call, chunk, tile);
     if (pairs % kPairs != 0 && at >= pairs) call.list[start + at] = kNobody;
   }
 }

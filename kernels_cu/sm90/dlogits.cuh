@@ -27,11 +27,6 @@ struct LogitItem {
   }
 };
 
-__device__ __forceinline__ int64 first_pair(const Shared& shared, const BackwardArguments& call,
-                                            const Chunk& chunk, const LogitItem& item) {
-  return shared.start[item.tile] + call.order.kept_before(item.tile, chunk.first) +
-         item.number * kPairs;
-}
 
 __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_map,
                                             const BackwardArguments& call, const Chunk& chunk,
@@ -49,7 +44,7 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
     zeros.store(shared, call, shared.rows_of_item);
     const LogitItem item(shared, row_tiles, at);
     const SweepTile rows(shared, call, count, item.tile);
-    const int* list = call.list + first_pair(shared, call, chunk, item);
+    const int* list = call.list + list_start(shared, call, chunk, item.tile) + item.number * kPairs;
     // Of this thread's words: one of eight in each of sixteen columns. Of removed entries the product
     // does not matter.
     uint32 word_of_column[kColumnsOfThread];
@@ -225,12 +220,24 @@ __device__ __forceinline__ uint32 find_probabilities(float (&z)[kLogits],
   return largest;
 }
 
+// Write a record from pairs of its numbers: pair(j) holds the first two of eight rows.
+template <typename Pair>
+__device__ __forceinline__ void store_record(uint4* record, const OwnColumn& own, int q, Pair pair) {
+#pragma unroll
+  for (int j = 0; j < kSpans; j += 4) {
+    const uint4 words =
+        transpose_quad(make_uint4(pair(j), pair(j + 1), pair(j + 2), pair(j + 3)), q);
+    // What there is of a record that is nobody's may not be a number.
+    record[j] = own.column < 0 ? make_uint4(0, 0, 0, 0) : words;
+  }
+}
+
 // From products to records of dz: of 64 columns in a group's registers.
 __device__ __forceinline__ void finish_logits(float (&z)[kLogits], const Shared& shared,
                                               const TileFactors& factors,
                                               const BackwardArguments& call, int64 tile,
-                                              int64 first_pair, const LogitForm& form, int lane,
-                                              int warp) {
+                                              int64 first_pair, int start, const LogitForm& form,
+                                              int lane, int warp) {
   const int q = lane % 4;
   const bool filtered = call.filter.eps > 0.0;
   uint32 passed = 0;
@@ -248,23 +255,17 @@ __device__ __forceinline__ void finish_logits(float (&z)[kLogits], const Shared&
       if (own.column >= 0)
         weight = column_weight(call.filter, shared.seed, tile, own.column, __uint_as_float(largest));
     }
-    passed += __popc(__ballot_sync(~0u, q == 0 && weight != 0.0f));
+    const bool passes = weight != 0.0f;
+    passed += __popc(__ballot_sync(~0u, q == 0 && passes));
+    if (q == 0 && own.column >= 0 && !call.order.whole())
+      call.slot[start + call.rank[own.pair]] = passes ? static_cast<int>(own.pair) : -1;
     const float smoothing =
         call.smoothing == nullptr || own.column < 0 ? 0.0f : call.smoothing[own.column];
     const float scaled = weight * form.scale;
     float sum = 0.0f;
     uint4* record = reinterpret_cast<uint4*>(call.dz + own.pair * kRowTile) + q;
-    auto store = [&](auto pair) {
-#pragma unroll
-      for (int j = 0; j < kSpans; j += 4) {
-        const uint4 words =
-            transpose_quad(make_uint4(pair(j), pair(j + 1), pair(j + 2), pair(j + 3)), q);
-        // What there is of a record that is nobody's may not be a number.
-        record[j] = own.column < 0 ? make_uint4(0, 0, 0, 0) : words;
-      }
-    };
     if (form.capped || call.smoothing != nullptr || __any_sync(~0u, target_of_any)) {
-      store([&](int j) {
+      store_record(record, own, q, [&](int j) {
         const int row = 8 * j + 2 * q;
         auto dz = [&](int side) {
           const float held = z[sum_index(j, half, side)];
@@ -286,7 +287,7 @@ __device__ __forceinline__ void finish_logits(float (&z)[kLogits], const Shared&
         return narrow_pair(first, second);
       });
     } else {
-      store([&](int j) {
+      store_record(record, own, q, [&](int j) {
         const float2 softmax = *reinterpret_cast<const float2*>(&factors.softmax[8 * j + 2 * q]);
         const float first = z[sum_index(j, half, 0)] * scaled * softmax.x;
         const float second = z[sum_index(j, half, 1)] * scaled * softmax.y;
@@ -343,12 +344,14 @@ __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArgum
     } else {
       named_sync<kOfGroup + 1, kGroupThreads>();
     }
-    const int64 first = first_pair(shared, call, chunk, item) + consumer * kBlocksM * 64;
+    const int start = list_start(shared, call, chunk, item.tile);
+    const int64 first = start + item.number * kPairs + consumer * kBlocksM * 64;
     // Not a loop: the compiler leaves long ones as they are, with the sums in memory.
     static_assert(kBlocksM == 2, "each block is finished here");
     const int64 tile = call.first_tile + item.tile;
-    finish_logits(z[0], shared, factors, call, tile, first, form, thread % 32, thread / 32);
-    finish_logits(z[1], shared, factors, call, tile, first + 64, form, thread % 32, thread / 32);
+    finish_logits(z[0], shared, factors, call, tile, first, start, form, thread % 32, thread / 32);
+    finish_logits(z[1], shared, factors, call, tile, first + 64, start, form, thread % 32,
+                  thread / 32);
   }
   queue.finish(limit);
 }

@@ -1,5 +1,5 @@
-// From the kept-column bits to the order of the columns: sorted by which row tiles keep them, cut into
-// chunks whose records fit into the workspace.
+// From the kept-column bits to the order of the columns: cut into chunks whose records fit into the
+// workspace, and in each sorted by which row tiles keep them.
 
 #include "grid.cuh"
 #include "order.cuh"
@@ -10,18 +10,20 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kDigits = 256;
 constexpr int kDigitBits = 8;
-constexpr int kKeyBits = 32;
+constexpr int kKeyPasses = 32 / kDigitBits;
 constexpr int kSlots = 32;  // into which row tiles are folded for the key
 constexpr int kParts = kThreads / kDigits;
 
 // What is needed until the order is there.
 struct OrderScratch {
   uint32* key;        // (2, vocab)
-  int* place;         // (2, vocab): columns, sorted with their keys; the last pass leaves the order's
+  int* place;         // (2, vocab): columns, sorted with their keys
   uint32* kept;       // (vocab, tile_words): row tiles that keep a column
+  int* chunk;         // (vocab): of each column; one past the last for those that nobody keeps
   int* digits;        // (grid, kDigits): keys of each block with each digit
-  int* pairs_before;  // (blocks + 1): of all row tiles
+  int* pairs_before;  // (natural_blocks + 1): of all row tiles
   int* tile_count;    // (blocks): row tiles that keep any column
+  int* active;        // (chunks + 1): columns of each chunk, zeros before
 };
 
 struct OrderShared {
@@ -70,26 +72,81 @@ __device__ __forceinline__ uint32 transpose_bits(uint32 word, int lane) {
   return mine;
 }
 
-// Keys of all columns, and the row tiles that keep each.
+// The sum over the threads before this one.
+__device__ __forceinline__ int sum_before(OrderShared& shared, int own, int* all) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int upto = own;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(~0u, upto, step);
+    if (lane >= step) upto += other;
+  }
+  __syncthreads();
+  if (lane == 31) shared.warp_sum[warp] = upto;
+  __syncthreads();
+  int before = 0, sum = 0;
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < warp) before += shared.warp_sum[i];
+    sum += shared.warp_sum[i];
+  }
+  *all = sum;
+  return before + upto - own;
+}
+
+// Kept columns of each row tile before each block, in the order of the vocabulary or the new one. A
+// block of threads for each row tile.
+template <typename Count>
+__device__ __forceinline__ void scan_blocks(OrderShared& shared, int* before, int stride, int blocks,
+                                            int row_tiles, Count count) {
+  const int each = (blocks + kThreads - 1) / kThreads;
+  const int first = min(static_cast<int>(threadIdx.x) * each, blocks);
+  const int last = min(first + each, blocks);
+  for (int tile = blockIdx.x; tile < row_tiles; tile += gridDim.x) {
+    int own = 0, all;
+    for (int block = first; block < last; ++block) own += count(tile, block);
+    int at = sum_before(shared, own, &all);
+    int* row = before + static_cast<int64>(tile) * stride;
+    for (int block = first; block < last; ++block) {
+      row[block] = at;
+      at += count(tile, block);
+    }
+    if (threadIdx.x == 0) row[blocks] = all;
+  }
+}
+
+// The chunk of a block of the vocabulary.
+__device__ __forceinline__ int chunk_of(const ColumnOrder& order, int block) {
+  int low = 0, high = order.chunk[0];
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (order.range[middle] <= block ? low : high) = middle;
+  }
+  return low;
+}
+
+// Keys of all columns, the row tiles that keep each, and their chunks.
 __device__ __forceinline__ void make_keys(const ColumnOrder& order, const OrderScratch& scratch,
-                                          const uint32* bits, int64 words, const int* unbounded,
                                           int row_tiles, int shift, int warp, int warps, int lane) {
-  for (int word = warp; word < words; word += warps) {
+  const int chunks = order.chunk[0];
+  for (int word = warp; word < order.kept.words; word += warps) {
     const int64 column = static_cast<int64>(word) * kColumnChunk + lane;
-    const bool there = column < order.vocab;
+    const bool there = column < order.kept.vocab;
     uint32 slots = 0;
     for (int number = 0; number < order.tile_words; ++number) {
       const int tile = number * 32 + lane;
-      uint32 kept = 0;
-      if (tile < row_tiles) kept = unbounded[tile] != 0 ? ~0u : bits[tile * words + word];
-      uint32 tiles = transpose_bits(kept, lane);
+      uint32 tiles = transpose_bits(tile < row_tiles ? order.kept.word(tile, word) : 0u, lane);
       if (there) scratch.kept[column * order.tile_words + number] = tiles;
       int number_of_slots = 32;
       for (int fold = 0; fold < shift && number_of_slots > 1; ++fold, number_of_slots /= 2)
         tiles = fold_pairs(tiles);
       slots |= tiles << (32 * number >> shift);
     }
-    if (there) scratch.key[column] = sort_key(slots);
+    const int chunk = chunk_of(order, word / kWordsOfBlock);
+    const int active = __popc(__ballot_sync(~0u, slots != 0));
+    if (lane == 0 && active > 0) atomicAdd(scratch.active + chunk, active);
+    if (!there) continue;
+    scratch.key[column] = sort_key(slots);
+    scratch.chunk[column] = slots != 0 ? chunk : chunks;
   }
 }
 
@@ -98,20 +155,28 @@ __device__ __forceinline__ void sort_by_digit(OrderShared& shared, const ColumnO
                                               const OrderScratch& scratch, int pass,
                                               Barrier& barrier) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int from = pass % 2, shift = pass * kDigitBits;
-  const uint32* key = scratch.key + from * order.vocab;
-  uint32* next_key = scratch.key + (1 - from) * order.vocab;
-  const int* old_place = scratch.place + from * order.vocab;
+  const int64 vocab = order.kept.vocab;
+  const int from = pass % 2;
+  const bool by_chunk = pass >= kKeyPasses;
+  const int shift = (by_chunk ? pass - kKeyPasses : pass) * kDigitBits;
+  const uint32* key = scratch.key + from * vocab;
+  uint32* next_key = scratch.key + (1 - from) * vocab;
+  const int* place = scratch.place + from * vocab;
+  int* next_place = scratch.place + (1 - from) * vocab;
+  auto digit_of = [&](int64 at) {
+    const uint32 own = by_chunk ? static_cast<uint32>(scratch.chunk[place[at]]) : key[at];
+    return own >> shift & (kDigits - 1);
+  };
   const int64 each =
-      (order.vocab + gridDim.x * kThreads - 1) / (gridDim.x * static_cast<int64>(kThreads)) * 32;
+      (vocab + gridDim.x * kThreads - 1) / (gridDim.x * static_cast<int64>(kThreads)) * 32;
   const int64 first = (blockIdx.x * static_cast<int64>(kWarps) + warp) * each;
-  const int64 last = min(first + each, order.vocab);
+  const int64 last = min(first + each, vocab);
   int* histogram = shared.histogram[warp];
   for (int i = thread; i < kWarps * kDigits; i += kThreads) (&shared.histogram[0][0])[i] = 0;
   __syncthreads();
   for (int64 at = first; at < last; at += 32) {
     const bool there = at + lane < last;
-    const uint32 digit = there ? key[at + lane] >> shift & (kDigits - 1) : kDigits;
+    const uint32 digit = there ? digit_of(at + lane) : kDigits;
     const uint32 equal = __match_any_sync(~0u, digit);
     if (there && lane == __ffs(equal) - 1) histogram[digit] += __popc(equal);
     __syncwarp();
@@ -161,17 +226,14 @@ __device__ __forceinline__ void sort_by_digit(OrderShared& shared, const ColumnO
     }
     __syncthreads();
   }
-  const bool ends = shift + kDigitBits == kKeyBits;
-  int* place = ends ? order.column : scratch.place + (1 - from) * order.vocab;
   for (int64 at = first; at < last; at += 32) {
     const bool there = at + lane < last;
-    const uint32 own = there ? key[at + lane] : 0;
-    const uint32 digit = there ? own >> shift & (kDigits - 1) : kDigits;
+    const uint32 digit = there ? digit_of(at + lane) : kDigits;
     const uint32 equal = __match_any_sync(~0u, digit);
     if (there) {
       const int to = shared.start[digit] + histogram[digit] + __popc(equal & ((1u << lane) - 1u));
-      next_key[to] = own;
-      place[to] = pass == 0 ? static_cast<int>(at + lane) : old_place[at + lane];
+      next_key[to] = key[at + lane];
+      next_place[to] = pass == 0 ? static_cast<int>(at + lane) : place[at + lane];
     }
     __syncwarp();
     if (there && lane == __ffs(equal) - 1) histogram[digit] += __popc(equal);
@@ -180,88 +242,80 @@ __device__ __forceinline__ void sort_by_digit(OrderShared& shared, const ColumnO
   barrier.wait();
 }
 
-// The kept bits in the order, and the row tiles of each half block.
-__device__ __forceinline__ void permute_bits(const ColumnOrder& order, const OrderScratch& scratch,
-                                             int row_tiles, int warp, int warps, int lane) {
-  constexpr int kWordsOfHalf = kWordsOfBlock / kHalves;
+// The first block of each chunk, and the places in use. One thread.
+__device__ __forceinline__ void place_chunks(const ColumnOrder& order, const OrderScratch& scratch) {
+  const int chunks = order.chunk[0];
+  int block = 0, active = 0;
+  for (int k = 0; k < chunks; ++k) {
+    const int own = scratch.active[k];
+    order.chunk[ColumnOrder::kTable + k] = block;
+    scratch.active[k] = active;
+    block += (own + kOrderBlock - 1) / kOrderBlock;
+    active += own;
+  }
+  order.chunk[ColumnOrder::kTable + chunks] = block;
+  scratch.active[chunks] = active;
+  order.chunk[1] = block * kOrderBlock + static_cast<int>(order.kept.vocab) - active;
+}
+
+// Columns to their places, the kept bits in the order, and the row tiles of each half block.
+__device__ __forceinline__ void permute(const ColumnOrder& order, const OrderScratch& scratch,
+                                        const int* sorted, int row_tiles, int warp, int warps,
+                                        int lane) {
+  constexpr int kWordsOfHalf = kWordsOfBlock / kHalves, kHalfBlock = kOrderBlock / kHalves;
   const int64 row = static_cast<int64>(order.blocks) * kWordsOfBlock;
-  for (int64 half = warp; half < static_cast<int64>(order.blocks) * kHalves; half += warps) {
+  const int chunks = order.chunk[0], used = order.first_block(chunks), places = order.chunk[1];
+  int k = 0;
+  for (int half = warp; half * kHalfBlock < places; half += warps) {
+    const int block = half / kHalves;
+    while (k < chunks && block >= order.first_block(k + 1)) ++k;
+    const int start = scratch.active[k] - order.first_block(k) * kOrderBlock;
+    const int end = k < chunks ? scratch.active[k + 1] : static_cast<int>(order.kept.vocab);
+    int column[kWordsOfHalf];
+#pragma unroll
+    for (int i = 0; i < kWordsOfHalf; ++i) {
+      const int at = (half * kWordsOfHalf + i) * kColumnChunk + lane;
+      column[i] = start + at < end ? sorted[start + at] : -1;
+      order.column[at] = column[i];
+    }
+    if (block >= used) continue;
     for (int number = 0; number < order.tile_words; ++number) {
       uint32 any = 0;
 #pragma unroll
       for (int i = 0; i < kWordsOfHalf; ++i) {
-        const int64 word = half * kWordsOfHalf + i, at = word * kColumnChunk + lane;
-        uint32 kept = 0;
-        if (at < order.vocab)
-          kept = scratch.kept[static_cast<int64>(order.column[at]) * order.tile_words + number];
+        const uint32 kept =
+            column[i] < 0
+                ? 0u
+                : scratch.kept[static_cast<int64>(column[i]) * order.tile_words + number];
         any |= kept;
         const uint32 columns = transpose_bits(kept, lane);
         const int tile = number * 32 + lane;
-        if (tile < row_tiles) order.word[tile * row + word] = columns;
+        if (tile < row_tiles) order.word[tile * row + half * kWordsOfHalf + i] = columns;
       }
       any = __reduce_or_sync(~0u, any);
-      if (lane == 0) order.tiles[half * order.tile_words + number] = any;
+      if (lane == 0) order.tiles[static_cast<int64>(half) * order.tile_words + number] = any;
     }
   }
 }
 
-// The sum over the threads before this one.
-__device__ __forceinline__ int sum_before(OrderShared& shared, int own, int* all) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int upto = own;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(~0u, upto, step);
-    if (lane >= step) upto += other;
-  }
-  __syncthreads();
-  if (lane == 31) shared.warp_sum[warp] = upto;
-  __syncthreads();
-  int before = 0, sum = 0;
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) before += shared.warp_sum[i];
-    sum += shared.warp_sum[i];
-  }
-  *all = sum;
-  return before + upto - own;
-}
-
-// Kept columns of each row tile before each block. A block of threads for each row tile.
-__device__ __forceinline__ void count_kept(OrderShared& shared, const ColumnOrder& order,
-                                           int row_tiles) {
-  const int each = (order.blocks + kThreads - 1) / kThreads;
-  const int first = min(static_cast<int>(threadIdx.x) * each, order.blocks);
-  const int last = min(first + each, order.blocks);
-  for (int tile = blockIdx.x; tile < row_tiles; tile += gridDim.x) {
-    uint32 kept[kWordsOfBlock];
-    auto count = [&](int block) {
-      order.read_words(kept, tile, block);
-      int sum = 0;
-#pragma unroll
-      for (int i = 0; i < kWordsOfBlock; ++i) sum += __popc(kept[i]);
-      return sum;
-    };
-    int own = 0, all;
-    for (int block = first; block < last; ++block) own += count(block);
-    int at = sum_before(shared, own, &all);
-    int* before = order.before + static_cast<int64>(tile) * (order.blocks + 1);
-    for (int block = first; block < last; ++block) {
-      before[block] = at;
-      at += count(block);
-    }
-    if (threadIdx.x == 0) before[order.blocks] = all;
-  }
-}
-
-// Pairs of all row tiles before each block, and the row tiles of each.
+// Pairs of all row tiles before each block of the vocabulary.
 __device__ __forceinline__ void count_pairs(const ColumnOrder& order, const OrderScratch& scratch,
                                             int row_tiles) {
-  const int step = gridDim.x * kThreads;
-  for (int block = blockIdx.x * kThreads + threadIdx.x; block <= order.blocks; block += step) {
-    int pairs = 0, tiles = 0;
-    for (int tile = 0; tile < row_tiles; ++tile) pairs += order.kept_before(tile, block);
+  const int step = gridDim.x * kThreads, stride = order.natural_blocks + 1;
+  for (int block = blockIdx.x * kThreads + threadIdx.x; block < stride; block += step) {
+    int pairs = 0;
+    for (int tile = 0; tile < row_tiles; ++tile)
+      pairs += order.kept_in[static_cast<int64>(tile) * stride + block];
     scratch.pairs_before[block] = pairs;
-    if (block == order.blocks) continue;
+  }
+}
+
+// The row tiles of each block.
+__device__ __forceinline__ void count_tiles(const ColumnOrder& order, const OrderScratch& scratch,
+                                            int used, int row_tiles) {
+  const int step = gridDim.x * kThreads;
+  for (int block = blockIdx.x * kThreads + threadIdx.x; block < used; block += step) {
+    int tiles = 0;
     for (int number = 0; number < order.tile_words; ++number)
       tiles += __popc(order.tiles_of(block, 0, number, row_tiles) |
                       order.tiles_of(block, 1, number, row_tiles));
@@ -287,30 +341,26 @@ __device__ __forceinline__ int first_where(int low, int high, int lane, Holds ho
   return low;
 }
 
-// Cut the blocks that any row tile keeps into chunks of at most `capacity` pairs, lists as whole items;
-// one chunk if `capacity_in_one` holds all, as it does where the two are equal. One warp.
+// Cut the vocabulary into chunks of at most `capacity` pairs, lists as whole items; one chunk if
+// `capacity_in_one` holds all, as it does where the two are equal. One warp.
 __device__ __forceinline__ void cut_chunks(const ColumnOrder& order, const OrderScratch& scratch,
                                            int row_tiles, int capacity, int capacity_in_one,
                                            int lane) {
   const int* before = scratch.pairs_before;
-  // Those of no row tile come last.
-  const int used = first_where(0, order.blocks, lane,
-                               [&](int at) { return scratch.tile_count[at] == 0; });
-  const int padding = row_tiles * (kPairs - 1);
+  const int all = order.natural_blocks, padding = row_tiles * (kPairs - 1);
   int chunks = 0, first = 0;
-  const bool in_one =
-      capacity == capacity_in_one || before[order.blocks] + padding <= capacity_in_one;
-  while (first < used) {
-    if (lane == 0) order.chunk[1 + chunks] = first;
+  const bool in_one = capacity == capacity_in_one || before[all] + padding <= capacity_in_one;
+  while (first < all) {
+    if (lane == 0) order.range[chunks] = first;
     ++chunks;
     const int limit = before[first] + capacity - padding;
     // A block at least; the capacity holds one.
-    first = in_one ? used
-                   : first_where(first + 1, used, lane,
-                                [&](int at) { return before[at + 1] > limit; });
+    first = in_one ? all
+                   : first_where(first + 1, all, lane,
+                                 [&](int at) { return before[at + 1] > limit; });
   }
   if (lane == 0) {
-    order.chunk[1 + chunks] = used;
+    order.range[chunks] = all;
     order.chunk[0] = chunks;
   }
 }
@@ -326,7 +376,7 @@ __device__ __forceinline__ void sort_blocks(OrderShared& shared, const ColumnOrd
   };
   const int chunks = order.chunk[0];
   for (int k = blockIdx.x; k < chunks; k += gridDim.x) {
-    const int first = order.chunk[1 + k], last = order.chunk[2 + k];
+    const int first = order.first_block(k), last = order.first_block(k + 1);
     __syncthreads();
     if (threadIdx.x < kRanks) number[threadIdx.x] = 0;
     __syncthreads();
@@ -351,11 +401,10 @@ __device__ __forceinline__ void sort_blocks(OrderShared& shared, const ColumnOrd
 
 using namespace cce;
 
-// A cooperative launch; `arrived` is 0. The bits and `unbounded` start at the sweep's first row tile.
+// A cooperative launch; `arrived` and scratch.active are zeros.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    order_columns(const int64* count, const uint32* bits, int64 words, const int* unbounded,
-                  int64 first_tile, int tiles, int capacity, int capacity_in_one,
-                  ColumnOrder order, OrderScratch scratch, int* arrived) {
+    order_columns(const int64* count, int64 first_tile, int tiles, int capacity,
+                  int capacity_in_one, ColumnOrder order, OrderScratch scratch, int* arrived) {
   __shared__ OrderShared shared;
   const int lane = threadIdx.x % 32, warp = blockIdx.x * kWarps + threadIdx.x / 32;
   const int warps = gridDim.x * kWarps;
@@ -363,17 +412,41 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   int shift = 0;
   while (kSlots << shift < row_tiles) ++shift;
   Barrier barrier{arrived};
-  make_keys(order, scratch, bits, words, unbounded, row_tiles, shift, warp, warps, lane);
-  barrier.wait();
-  for (int pass = 0; pass < kKeyBits / kDigitBits; ++pass)
-    sort_by_digit(shared, order, scratch, pass, barrier);
-  permute_bits(order, scratch, row_tiles, warp, warps, lane);
-  barrier.wait();
-  count_kept(shared, order, row_tiles);
+  scan_blocks(shared, order.kept_in, order.natural_blocks + 1, order.natural_blocks, row_tiles,
+              [&](int tile, int block) {
+                int sum = 0;
+#pragma unroll
+                for (int i = 0; i < kWordsOfBlock; ++i)
+                  sum += __popc(order.kept.word(tile, static_cast<int64>(block) * kWordsOfBlock + i));
+                return sum;
+              });
   barrier.wait();
   count_pairs(order, scratch, row_tiles);
   barrier.wait();
   if (warp == 0) cut_chunks(order, scratch, row_tiles, capacity, capacity_in_one, lane);
+  barrier.wait();
+  make_keys(order, scratch, row_tiles, shift, warp, warps, lane);
+  barrier.wait();
+  const int chunks = order.chunk[0];
+  if (warp == 0 && lane == 0) place_chunks(order, scratch);
+  int passes = 0;
+  for (; passes < kKeyPasses; ++passes) sort_by_digit(shared, order, scratch, passes, barrier);
+  if (chunks > 1)
+    for (int rest = chunks; rest > 0; rest >>= kDigitBits)
+      sort_by_digit(shared, order, scratch, passes++, barrier);
+  const int* sorted = scratch.place + passes % 2 * order.kept.vocab;
+  permute(order, scratch, sorted, row_tiles, warp, warps, lane);
+  barrier.wait();
+  const int used = order.first_block(chunks);
+  scan_blocks(shared, order.before, order.blocks + 1, used, row_tiles, [&](int tile, int block) {
+    uint32 kept[kWordsOfBlock];
+    order.read_words(kept, tile, block);
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < kWordsOfBlock; ++i) sum += __popc(kept[i]);
+    return sum;
+  });
+  count_tiles(order, scratch, used, row_tiles);
   barrier.wait();
   sort_blocks(shared, order, scratch, row_tiles);
 }

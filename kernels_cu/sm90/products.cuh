@@ -2,7 +2,7 @@
 // with a block of columns in registers and the row tiles that keep any of them as depth.
 #pragma once
 
-#include "backward.cuh"
+#include "passed.cuh"
 
 namespace cce {
 
@@ -86,52 +86,59 @@ __device__ __forceinline__ void copy_rows(Storage (&to)[kSpread][kTileK * kTileK
     }
 }
 
-__device__ __forceinline__ void copy_embedding(Shared& shared, const TensorMap& dz_map,
-                                               const BackwardArguments& call, const Chunk& chunk,
-                                               const GradientItem& item, RingPlace<kStages>& place) {
+__device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArguments& call,
+                                               const Chunk& chunk, const GradientItem& item,
+                                               RingPlace<kStages>& place) {
   constexpr int kRowsOfThread = kTileK / kRowStep;
   const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
   const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
   const uint32 in_tile = word_place(first, word);
   const int d = item.part * kWidth + word * kWordElements;
-  const int start =
-      shared.start[item.place] + call.order.kept_before(item.place, chunk.first);
+  const bool whole = call.order.whole();
+  const int pairs = count_passed(shared, call, chunk, item.place);
+  const int start = whole ? list_start(shared, call, chunk, item.place)
+                          : passed_start(shared, call, chunk, item.place);
   // A stage of zeros at least, so that whoever multiplies need not ask whether there is one.
-  const int steps = max((shared.pairs[item.place] + kTileK - 1) / kTileK, 1);
-  const bool none = shared.pairs[item.place] == 0;
-  int column[kRowsOfThread];
+  const int steps = max((pairs + kTileK - 1) / kTileK, 1);
+  // Pairs are looked up two steps ahead, their columns one.
+  int next_pair[kRowsOfThread], pair[kRowsOfThread], column[kRowsOfThread];
+  auto look_up_pairs = [&](int step) {
 #pragma unroll
-  for (int i = 0; i < kRowsOfThread; ++i)
-    column[i] = none ? kNobody : call.list[start + first + i * kRowStep];
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      const int at = step * kTileK + first + i * kRowStep;
+      next_pair[i] = at >= pairs ? -1 : whole ? start + at : call.rank[start + at];
+    }
+  };
+  auto look_up_columns = [&] {
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      pair[i] = next_pair[i];
+      column[i] = pair[i] < 0 ? kNobody : call.list[pair[i]];
+    }
+  };
+  look_up_pairs(0);
+  look_up_columns();
+  look_up_pairs(1);
   for (int step = 0; step < steps; ++step, place.next()) {
     EmbeddingStage& stage = shared.stage[place.stage].embedding;
     wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
     const uint32 full = shared_address(&shared.ring.full[place.stage]);
-    if (thread == 0) {
-      if (none) {
-        mbarrier_arrive(full, 1);
-      } else {
-        mbarrier_expect_bytes(full, sizeof(stage.dz));
-        for (int half = 0; half < 2; ++half)
-          copy_box(shared_address(stage.dz[half]), dz_map, half * kTileK, start + step * kTileK,
-                   full, kEvictFirst);
-      }
-    }
+    if (thread == 0) mbarrier_arrive(full, 1);
     const Storage* row[kRowsOfThread];
 #pragma unroll
-    for (int i = 0; i < kRowsOfThread; ++i)
+    for (int i = 0; i < kRowsOfThread; ++i) {
       row[i] = column[i] < 0 ? nullptr : call.c.row(column[i]);
-    copy_rows(stage.c, row, d, dim, in_tile);
-    if (none) {
-      for (int i = thread; i < sizeof(stage.dz) / kWordBytes; i += kGroupThreads)
-        copy_word(shared_address(stage.dz) + i * kWordBytes, call.c.data, 0);
-    }
-    arrive_after_words(full);
-    if (step + 1 < steps) {
+      const Storage* record =
+          call.dz + static_cast<int64>(max(pair[i], 0)) * kRowTile + word * kWordElements;
 #pragma unroll
-      for (int i = 0; i < kRowsOfThread; ++i)
-        column[i] = call.list[start + (step + 1) * kTileK + first + i * kRowStep];
+      for (int half = 0; half < kRowTile / kTileK; ++half)
+        copy_word(shared_address(stage.dz[half]) + in_tile + i * kRowStep * kTileK * sizeof(Storage),
+                  record + half * kTileK, pair[i] < 0 ? 0 : kWordBytes);
     }
+    copy_rows(stage.c, row, d, dim, in_tile);
+    arrive_after_words(full);
+    look_up_columns();
+    look_up_pairs(step + 2);
   }
 }
 
@@ -208,18 +215,17 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
 }
 
 __device__ __forceinline__ void copy_gradients(Shared& shared, const TensorMap& e_map,
-                                               const TensorMap& dz_map,
                                                const BackwardArguments& call, const Chunk& chunk,
-                                               int row_tiles, int64 count, Queue& queue,
+                                               int row_tiles, int64 count, bool last, Queue& queue,
                                                RingPlace<kStages>& place) {
   const int limit = count_gradients(call, chunk, row_tiles), parts = count_parts(call);
-  // Records were written in the ordinary way, by other blocks too.
-  fence_async_proxy_everywhere();
+  if (call.de != nullptr && !call.order.whole())
+    list_passed(shared, call, chunk, row_tiles, last);
   queue.start();
   for (int at; (at = queue.publish(shared, limit, [](int) { return true; })) < limit;) {
     const GradientItem item(call, row_tiles, parts, at);
     if (item.embedding) {
-      copy_embedding(shared, dz_map, call, chunk, item, place);
+      copy_embedding(shared, call, chunk, item, place);
     } else {
       copy_classifier(shared, e_map, call, chunk, item, row_tiles, count, place);
     }
@@ -240,7 +246,7 @@ __device__ __forceinline__ void start_gradients(float (&sums)[kGradients], const
   product_commit();
 }
 
-// Nothing that reads the sums may move up to where products are under way.
+// Nothing that reads or writes the sums may move to where products are under way.
 __device__ __forceinline__ void settle(float (&sums)[kGradients]) {
 #pragma unroll
   for (int i = 0; i < kGradients; ++i) asm volatile("" : "+f"(sums[i])::"memory");
@@ -310,7 +316,7 @@ __device__ __forceinline__ void keep_sums(const float (&sums)[kGradients], int p
   });
 }
 
-__device__ __forceinline__ void add_kept_sums(float (&sums)[kGradients], int part, int dim,
+__device__ __forceinline__ void take_kept_sums(float (&sums)[kGradients], int part, int dim,
                                               Storage* const (&row)[2],
                                               unsigned short* const (&low)[2], int q) {
   each_word(part, dim, q, [&](int spans, int half, int at, bool there) {
@@ -322,9 +328,9 @@ __device__ __forceinline__ void add_kept_sums(float (&sums)[kGradients], int par
     upper = transpose_quad(upper, q);
     lower = transpose_quad(lower, q);
     auto add = [&](int k, uint32 high, uint32 low) {
-      sums[gradient_index(spans + k, half, 0)] +=
+      sums[gradient_index(spans + k, half, 0)] =
           __uint_as_float(__byte_perm(low, high, kLowerHalves));
-      sums[gradient_index(spans + k, half, 1)] +=
+      sums[gradient_index(spans + k, half, 1)] =
           __uint_as_float(__byte_perm(low, high, kUpperHalves));
     };
     add(0, upper.x, lower.x);
@@ -335,11 +341,27 @@ __device__ __forceinline__ void add_kept_sums(float (&sums)[kGradients], int par
 }
 
 __device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArguments& call,
-                                               const GradientItem& item, int64 count, bool first,
-                                               bool last, RingPlace<kStages>& place) {
+                                               const Chunk& chunk, const GradientItem& item,
+                                               int64 count, bool first, bool last,
+                                               RingPlace<kStages>& place) {
   const int consumer = threadIdx.x / kGroupThreads - 1, thread = threadIdx.x % kGroupThreads;
-  const int steps = max((shared.pairs[item.place] + kTileK - 1) / kTileK, 1);
+  const int q = thread % 4, dim = static_cast<int>(call.dim);
+  Storage* row[2];
+  unsigned short* low[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64 in_sweep = static_cast<int64>(item.place) * kRowTile + consumer * 64 +
+                           thread / 32 * 16 + thread % 32 / 4 + 8 * half;
+    const int64 at = call.first_tile * kRowTile + in_sweep;
+    row[half] = at < count ? call.de + call.map.source[at] * call.dim : nullptr;
+    low[half] = call.low + in_sweep * call.dim;
+  }
+  const int pairs = count_passed(shared, call, chunk, item.place);
+  const int steps = max((pairs + kTileK - 1) / kTileK, 1);
   float sums[kGradients] = {};
+  // Sums go on from where the chunk before left them.
+  if (!first) take_kept_sums(sums, item.part, dim, row, low, q);
+  settle(sums);
   int done = 0;
   for (int step = 0; step < steps; ++step) {
     wait_for(shared.ring.full[place.stage], place.parity);
@@ -357,28 +379,21 @@ __device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArg
   product_wait<0>();
   settle(sums);
   release(shared.ring.empty[done]);
-  const int q = thread % 4, dim = static_cast<int>(call.dim);
-  Storage* row[2];
-  unsigned short* low[2];
+  if (!last) {
+    keep_sums(sums, item.part, dim, row, low, q);
+    return;
+  }
   float smoothing[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64 in_sweep = static_cast<int64>(item.place) * kRowTile + consumer * 64 +
-                           thread / 32 * 16 + thread % 32 / 4 + 8 * half;
-    const int64 at = call.first_tile * kRowTile + in_sweep;
-    row[half] = at < count ? call.de + call.map.source[at] * call.dim : nullptr;
-    low[half] = call.low + in_sweep * call.dim;
+    const int64 at = (call.first_tile + item.place) * kRowTile + consumer * 64 + thread / 32 * 16 +
+                     thread % 32 / 4 + 8 * half;
     if (call.smoothing_classifier != nullptr && at < count)
       smoothing[half] = call.factors.smoothing[at];
   }
-  if (!first) add_kept_sums(sums, item.part, dim, row, low, q);
-  if (last) {
-    const float scale = static_cast<float>(call.options.scale);
-    store_rows(sums, item.part, dim, scale / record_scale(call.largest), call.smoothing_classifier,
-               smoothing, scale, row, q);
-  } else {
-    keep_sums(sums, item.part, dim, row, low, q);
-  }
+  const float scale = static_cast<float>(call.options.scale);
+  store_rows(sums, item.part, dim, scale / record_scale(call.largest), call.smoothing_classifier,
+             smoothing, scale, row, q);
 }
 
 __device__ __forceinline__ void form_classifier(Shared& shared, const BackwardArguments& call, const Chunk& chunk,
@@ -417,8 +432,7 @@ __device__ __forceinline__ void form_classifier(Shared& shared, const BackwardAr
   float smoothing[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64 at = static_cast<int64>(block) * kOrderBlock + consumer * 64 + thread / 32 * 16 +
-                     thread % 32 / 4 + 8 * half;
+    const int at = block * kOrderBlock + consumer * 64 + thread / 32 * 16 + thread % 32 / 4 + 8 * half;
     const int column = call.order.column_at(at);
     row[half] = column >= 0 ? call.dc + column * call.dim : nullptr;
     if (call.smoothing_embedding != nullptr && column >= 0)
@@ -438,7 +452,8 @@ __device__ __forceinline__ void form_gradients(Shared& shared, const BackwardArg
   int at = queue.receive(shared);
   // All of one kind come first: in one loop the sums of both would be one.
   for (; at < embeddings; at = queue.receive(shared))
-    form_embedding(shared, call, GradientItem(call, row_tiles, parts, at), count, first, last, place);
+    form_embedding(shared, call, chunk, GradientItem(call, row_tiles, parts, at), count, first, last,
+                   place);
   for (; at < limit; at = queue.receive(shared))
     form_classifier(shared, call, chunk, GradientItem(call, row_tiles, parts, at), row_tiles, place);
   queue.finish(limit);
@@ -453,7 +468,7 @@ __device__ __forceinline__ void form_bias(const Shared& shared, const BackwardAr
   const int bit = column % kColumnChunk;
   const float scale = record_scale(call.largest);
   for (int block = chunk.first + group; block < chunk.last; block += groups) {
-    const int at = call.order.column_at(static_cast<int64>(block) * kOrderBlock + column);
+    const int at = call.order.column_at(block * kOrderBlock + column);
     double sum = 0;
     for (int tile = 0; tile < row_tiles; ++tile) {
       int rank = shared.start[tile] + call.order.kept_before(tile, block);
