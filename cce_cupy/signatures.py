@@ -40,28 +40,7 @@ HOPPER_BACKWARD = (
     MATRIX + MATRIX + ROW_MAP + "PPq" + LOGIT_OPTIONS + FILTER + "qq" + COLUMN_ORDER + "P"
     + ROW_FACTORS + "P" + PAIRS + "12P"
 )  # fmt: skip
-"""e, c, map; bias, smoothing, dim; row tiles, their order; row_lse, factors; pairs; what is summed."""
-
-_FORWARD = (
-    MATRIX + ROW_MAP + "PPqq" + LOGIT_OPTIONS + FILTER + "ii4P" + UNIT_SUMS + "qPq"
-)  # e, map; bias, smoothing, dim, vocab; how it is cut, rows' own; sums; capacity, bits, words
-
-KEPT_COLUMNS = "PqPq"
-COLUMN_ORDER = KEPT_COLUMNS + "8Piiii0P"
-ORDER_SCRATCH = "8P"
-HOPPER_BACKWARD = (
-    MATRIX
-    + MATRIX
-    + ROW_MAP
-    + "PPq"
-    + LOGIT_OPTIONS
-    + FILTER
-    + "qq"
-    + COLUMN_ORDER
-    + "P"
-    + ROW_FACTORS
-    + "15P"
-)  # e, c, map; bias, smoothing, dim; row tiles, their order; row_lse, factors; all that is written
+"""e, c, map; bias, smoothing, dim; row tiles, order; row_lse, factors; pairs; what is summed."""
 
 _FORWARD = (
     MATRIX, MATRIX, POINTER, POINTER, INT64, INT64, INT64, INT64, LOGIT_OPTIONS, FILTER, ROW_MAP,
