@@ -31,6 +31,7 @@ _ALIGNMENT = 256  # of a piece of workspace
 _LIST_UNIT = 256  # kPairs of kernels_cu/sm90/order.cuh: lists of row tiles are whole items of it
 _MOST_ROW_TILES = 1024  # kMostRowTiles there
 _RECORD_BYTES = 2 * ROW_TILE
+_MOST_ELEMENTS = 2**34  # of c: its words count in 32 bits there
 _CARRIED = 16  # kStep of kernels_cu/sm90/passed.cuh
 
 
@@ -233,6 +234,8 @@ def plan_hopper_backward(
     tiles, vocab = -(-problem.tokens // ROW_TILE), problem.vocab
     natural_blocks, tile_words = -(-vocab // ORDER_BLOCK), -(-tiles // 32)
     if tiles > _MOST_ROW_TILES or tiles * natural_blocks * ORDER_BLOCK > _LONGEST:
+        return None
+    if vocab * problem.dim > _MOST_ELEMENTS:
         return None
     allowed = problem.workspace_bytes or DEFAULT_WORKSPACE_BYTES
     most = tiles * whole(natural_blocks * ORDER_BLOCK, _LIST_UNIT)

@@ -31,11 +31,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int row_tiles = count_row_tiles(count, call.first_tile, static_cast<int>(call.tiles));
   const int64 thread = blockIdx.x * static_cast<int64>(kThreads) + threadIdx.x;
   const int64 threads = gridDim.x * static_cast<int64>(kThreads);
-  const int chunks = call.order.chunks();
+  // Without rows every gradient is what nobody keeps.
+  const int chunks = row_tiles == 0 ? 0 : call.order.chunks();
   GridBarrier<kEverybody, kThreads> barrier{call.arrived};
   Queue queue{call.queue};
   RingPlace<kStages> place;
-  const int unkept = call.order.first_block(chunks);
+  const int unkept = row_tiles == 0 ? 0 : call.order.first_block(chunks);
   fill_background(call, unkept, thread, threads);
   find_sources(shared, call, count, row_tiles);
 
