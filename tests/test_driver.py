@@ -43,6 +43,8 @@ def test_arguments_lie_as_the_c_compiler_puts_them(launched):
     layout = Layout(["i", "Pqi0P", "d", "128s", "i"])
     assert layout.sizes == [4, 24, 8, 128, 4]
     assert layout.offsets == [0, 8, 32, 40, 168]
+    starts = [("i", 0), ("P", 8), ("q", 16), ("i", 24), ("d", 32), ("128s", 40), ("i", 168)]
+    assert layout.scalars == starts
     launched.sizes = layout.sizes
     launch(layout, -5, 2**40, -(2**33), True, 0.5, b"map", 9)
     ((function, sizes, shared, stream, arguments),) = launched.calls

@@ -190,7 +190,7 @@ class Framework:
         like = arrays["e"]
         memory = self.device_memory(like)
         views = {name: self.device_view(array) for name, array in arrays.items()}
-        loss, lse, call = gpu.evaluate(memory, problem, views, differentiate=differentiate)
+        loss, lse, _, call = gpu.evaluate(memory, problem, views, differentiate=differentiate)
         if self.waits_on_device:
             memory.wait()
         by_token = problem.batch_shape if problem.reduction == "none" else ()

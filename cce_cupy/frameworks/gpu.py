@@ -5,18 +5,27 @@ The framework of the caller allocates everything, outputs and workspace alike, o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from ..launcher import DeviceInputs, DeviceMatrix, Launcher
+from ..launcher import DeviceInputs, DeviceMatrix, Launcher, OnDevice, launch_on
 from ..plan import EVERY_GRADIENT, ITEMSIZE, GpuDevice, GpuPlan, Room, Wanted, make_gpu_plan
 from ..problem import INTEGER_DTYPES, Problem
+from ..recording import Launch, Recording, stand_in
 
 _INTEGERS = {
     name: (int(name.removeprefix("u").removeprefix("int")) // 8, not name.startswith("u"))
     for name in INTEGER_DTYPES
 }
 """Bytes of each dtype of targets, and whether it is signed."""
+
+_WIDEST = 32
+"""Bytes of the widest access of a kernel: four elements of float64."""
+
+MOST_PARTS = 16
+"""Of a backward whose launches are kept: those of more parts would take much memory, and the
+device is busy for longer than the host needs to form them."""
 
 
 class DeviceView(NamedTuple):
@@ -31,6 +40,7 @@ class DeviceMemory(Protocol):
 
     device: int
     stream: int
+    """The raw handle of the current one."""
 
     def view(self, array: Any) -> DeviceView:
         """Return how an array lies."""
@@ -58,10 +68,14 @@ class DeviceMemory(Protocol):
 
 
 class GpuEvaluation(NamedTuple):
-    """A loss that has been computed, and its lse where it was asked for."""
+    """A loss that has been computed.
+
+    lse, and saved, what a pullback needs, are None where they were not asked for.
+    """
 
     loss: Any
     lse: Any
+    saved: Any
     call: GpuCall
 
 
@@ -77,7 +91,8 @@ def evaluate(
     if problem.return_lse:
         outputs["lse"] = memory.full(problem.batch_shape, sums, 0)
     call.run_forward(keep_columns=differentiate, outputs=outputs)
-    return GpuEvaluation(loss, outputs.get("lse"), call)
+    saved = None if call.saved is None else call.saved.words
+    return GpuEvaluation(loss, outputs.get("lse"), saved, call)
 
 
 def statistics(
@@ -112,8 +127,12 @@ class _Space:
                 f"workspace_bytes needs less: {error}"
             ) from error
         self.words = words
-        base = memory.address(words)
-        self.addresses = {name: base + offset for name, offset in self.offsets.items()}
+        self.address = memory.address(words)
+
+    @functools.cached_property
+    def addresses(self) -> dict[str, int]:
+        """Where each piece lies."""
+        return {name: self.address + offset for name, offset in self.offsets.items()}
 
 
 class GpuCall:
@@ -137,25 +156,33 @@ class GpuCall:
         saved: Any | None = None,
     ) -> None:
         self.memory, self.problem = memory, problem
+        self.hardware = memory.hardware()
         self.held: list[Any] = []
         self.inputs = self._inputs(arrays)
-        aligned = self.inputs.e.in_words and self.inputs.c.in_words
-        self.plan: GpuPlan = make_gpu_plan(problem, memory.hardware(), aligned=aligned)
-        self.saved = _Space(memory, self.plan.saved, saved)
+        self.aligned = self.inputs.e.in_words and self.inputs.c.in_words
+        self.plan: GpuPlan = make_gpu_plan(problem, self.hardware, aligned=self.aligned)
+        self.saved = None if saved is None else _Space(memory, self.plan.saved, saved)
 
     def run_forward(self, *, keep_columns: bool, outputs: Mapping[str, Any]) -> None:
-        """Compute the outputs: arrays by the names that `Launcher.finish` gives them."""
-        filtered = keep_columns and self.plan.gradient_filter is not None
-        statistics = "argmax" in outputs
-        room = _Space(self.memory, self.plan.statistics if statistics else self.plan.forward)
-        addresses = {name: self.memory.address(array) for name, array in outputs.items()}
-        saved = self.saved.addresses
-        with self._launcher(self.memory, room) as launcher:
-            launcher.map_rows(unbounded=saved["unbounded"])
-            if self.problem.check_targets:
-                self._check_targets()
-            launcher.forward(bits=saved["bits"] if filtered else 0, statistics=statistics)
-            launcher.finish(**addresses, unbounded=saved["unbounded"])
+        """Compute the outputs: arrays by the names that `Launcher.finish` gives them.
+
+        With `keep_columns` a pullback may follow.
+        """
+        memory, plan = self.memory, self.plan
+        addresses = {name: memory.address(array) for name, array in outputs.items()}
+        if keep_columns:
+            self.saved = _Space(memory, plan.saved)
+            spaces = {"saved": self.saved, "forward": _Space(memory, plan.forward)}
+        elif "argmax" in outputs:
+            spaces = {"statistics_alone": _Space(memory, plan.statistics_alone)}
+        else:
+            spaces = {"forward_alone": _Space(memory, plan.forward_alone)}
+        if self.problem.check_targets:
+            # The host waits within the forward anyway.
+            check = functools.partial(self._check_targets, next(iter(spaces.values())))
+            self._launch(memory, _form_forward, (keep_columns, check), spaces, addresses)
+        else:
+            self._replay(memory, _form_forward, (keep_columns,), spaces, addresses)
 
     def pullback(
         self,
@@ -168,8 +195,9 @@ class GpuCall:
 
         The stream is that of `memory`, the current one of now: the forward's may be another.
         """
-        problem = self.problem
-        room = _Space(memory, self.plan.backward)
+        problem, plan = self.problem, self.plan
+        assert self.saved is not None
+        spaces = {"saved": self.saved, "backward": _Space(memory, plan.backward)}
         if memory.stream != self.memory.stream:
             for array in (*self.held, self.saved.words):
                 memory.outlives(array)
@@ -177,7 +205,6 @@ class GpuCall:
             None if given is None else memory.contiguous(given, problem.accumulator)
             for given in (dloss, dlse)
         ]
-        dloss_at, dlse_at = (0 if a is None else memory.address(a) for a in kept)
         wanted = wanted._replace(bias=wanted.bias and problem.has_bias)
         de = dc = dbias = None
         if wanted.e:  # rows that no token maps to are zero
@@ -186,31 +213,55 @@ class GpuCall:
             dc = memory.full((problem.vocab, problem.dim), problem.dtype, None)
         if wanted.bias:
             dbias = memory.full((problem.vocab,), problem.dtype, None)
-        saved = self.saved.addresses
-        with self._launcher(memory, room) as launcher:
-            launcher.fill_words(room.addresses["passed"], 8)
-            launcher.backward(
-                dloss=dloss_at,
-                dlse=dlse_at,
-                bits=saved["bits"],
-                unbounded=saved["unbounded"],
-                de=0 if de is None else memory.address(de),
-                dc=0 if dc is None else memory.address(dc),
-                dbias=0 if dbias is None else memory.address(dbias),
-                passed=room.addresses["passed"],
-                wanted=wanted,
-            )
+        named = zip(("dloss", "dlse", "de", "dc", "dbias"), (*kept, de, dc, dbias), strict=True)
+        addresses = {name: 0 if x is None else memory.address(x) for name, x in named}
+        run = self._replay if plan.parts <= MOST_PARTS else self._launch
+        run(memory, _form_backward, (wanted,), spaces, addresses)
         return de, dc, dbias
 
-    def _launcher(self, memory: DeviceMemory, room: _Space) -> Launcher:
-        addresses = self.saved.addresses | room.addresses
-        return Launcher(
-            self.problem, self.plan, self.inputs, addresses, memory.device, memory.stream
-        )
+    def _launch(
+        self,
+        memory: DeviceMemory,
+        form: Callable[..., None],
+        options: tuple[Any, ...],
+        spaces: Mapping[str, _Space],
+        addresses: Mapping[str, int],
+    ) -> None:
+        """Make the launches that `form` forms with a launcher, addresses and options."""
+        room: dict[str, int] = {}
+        for space in spaces.values():
+            room |= space.addresses
+        with OnDevice(memory.device):
+            launcher = Launcher(
+                self.problem, self.plan, self.inputs, room, memory.device, launch_on(memory.stream)
+            )
+            form(launcher, addresses, *options)
 
-    def _check_targets(self) -> None:
-        offset = self.saved.offsets["first_wrong"] // 8
-        wrong = self.memory.read_integer(self.saved.words, offset)
+    def _replay(
+        self,
+        memory: DeviceMemory,
+        form: Callable[..., None],
+        options: tuple[Any, ...],
+        spaces: Mapping[str, _Space],
+        addresses: Mapping[str, int],
+    ) -> None:
+        """Make the same launches, which have been formed at the first call like this one."""
+        e, c, *others = self.inputs
+        targets, target_bytes, target_signed, *optional = others
+        everything = (
+            e.pointer, c.pointer, targets, *optional,
+            *[space.address for space in spaces.values()], *addresses.values(),
+        )  # fmt: skip
+        with OnDevice(memory.device):
+            recording = _record(
+                self.problem, self.hardware, self.aligned, memory.device,
+                e[1:], c[1:], (target_bytes, target_signed), form, options,
+                tuple(spaces), tuple(addresses), tuple([x != 0 for x in everything]),
+            )  # fmt: skip
+            recording.replay(everything, memory.stream)
+
+    def _check_targets(self, space: _Space) -> None:
+        wrong = self.memory.read_integer(space.words, space.offsets["first_wrong"] // 8)
         if wrong < self.problem.tokens:
             raise ValueError(
                 f"targets must lie in [0, {self.problem.vocab}) or equal "
@@ -221,16 +272,14 @@ class GpuCall:
     def _inputs(self, arrays: Mapping[str, Any]) -> DeviceInputs:
         sums = self.problem.accumulator
         targets = arrays["targets"]
-        size, signed = _INTEGERS[str(targets.dtype).removeprefix("torch.")]
         return DeviceInputs(
-            e=self._matrix(arrays["e"]),
-            c=self._matrix(arrays["c"]),
-            targets=self._keep(self.memory.contiguous(targets)),
-            target_bytes=size,
-            target_signed=signed,
-            bias=self._vector(arrays, "bias", None),
-            class_weight=self._vector(arrays, "class_weight", sums),
-            token_weight=self._vector(arrays, "token_weight", sums),
+            self._matrix(arrays["e"]),
+            self._matrix(arrays["c"]),
+            self._keep(self.memory.contiguous(targets)),
+            *_integers(targets.dtype),
+            self._vector(arrays, "bias", None),
+            self._vector(arrays, "class_weight", sums),
+            self._vector(arrays, "token_weight", sums),
         )
 
     def _vector(self, arrays: Mapping[str, Any], name: str, dtype: str | None) -> int:
@@ -244,23 +293,124 @@ class GpuCall:
         return self.memory.address(array)
 
     def _matrix(self, array: Any) -> DeviceMatrix:
-        stride = _row_stride(self.memory.view(array))
-        if stride is None:
-            array, stride = self.memory.contiguous(array), self.problem.dim
-        pointer, size = self._keep(array), ITEMSIZE[self.problem.dtype]
-        aligned = pointer % (4 * size) == 0 and stride % 4 == 0 and self.problem.dim % 4 == 0
-        in_words = pointer % 16 == 0 and stride * size % 16 == 0 and stride >= self.problem.dim
-        return DeviceMatrix(pointer, stride, aligned, in_words)
+        memory, size = self.memory, ITEMSIZE[self.problem.dtype]
+        rows = _rows(*memory.view(array), size, memory.address(array) % _WIDEST)
+        if rows is None:
+            array = memory.contiguous(array)
+            rows = _rows(*memory.view(array), size, memory.address(array) % _WIDEST)
+            assert rows is not None
+        return DeviceMatrix(self._keep(array), *rows)
 
 
-def _row_stride(view: DeviceView) -> int | None:
+def _form_forward(
+    launcher: Launcher,
+    at: Mapping[str, int],
+    keep_columns: bool,
+    check_targets: Callable[[], None] | None = None,
+) -> None:
+    room = launcher.room
+    launcher.map_rows(unbounded=room["unbounded"])
+    if check_targets is not None:
+        check_targets()
+    filtered = keep_columns and launcher.plan.gradient_filter is not None
+    launcher.forward(bits=room["bits"] if filtered else 0, statistics="argmax" in at)
+    launcher.finish(**at, unbounded=room["unbounded"])
+
+
+def _form_backward(launcher: Launcher, at: Mapping[str, int], wanted: Wanted) -> None:
+    room = launcher.room
+    launcher.fill_words(room["passed"], 8)
+    launcher.backward(
+        **at,
+        bits=room["bits"],
+        unbounded=room["unbounded"],
+        passed=room["passed"],
+        wanted=wanted,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _record(
+    problem: Problem,
+    hardware: GpuDevice,
+    aligned: bool,
+    device: int,
+    e: tuple[Any, ...],
+    c: tuple[Any, ...],
+    targets: tuple[int, bool],
+    form: Callable[..., None],
+    options: tuple[Any, ...],
+    rooms: tuple[str, ...],
+    names: tuple[str, ...],
+    present: tuple[bool, ...],
+) -> Recording:
+    """Form the launches of calls that differ in their addresses alone.
+
+    Parameters
+    ----------
+    problem, hardware, aligned, device
+        As for the plan and the launcher.
+    e, c : tuple
+        The fields of `DeviceMatrix` behind its pointer.
+    targets : tuple of int and bool
+        Bytes of each, and whether they are signed.
+    form : callable
+        What forms them, with a launcher, addresses by name, and options.
+    options : tuple
+    rooms : tuple of str
+        The plan's rooms that there is an allocation for.
+    names : tuple of str
+        Of the other addresses.
+    present : tuple of bool
+        Which addresses are not 0: of the arguments in their order, of the allocations, and of
+        `names`.
+    """
+    stand_ins = [stand_in(k) if there else 0 for k, there in enumerate(present)]
+    e_at, c_at, targets_at, bias, class_weight, token_weight, *rest = stand_ins
+    inputs = DeviceInputs(
+        DeviceMatrix(e_at, *e), DeviceMatrix(c_at, *c),
+        targets_at, *targets, bias, class_weight, token_weight,
+    )  # fmt: skip
+    plan = make_gpu_plan(problem, hardware, aligned=aligned)
+    room: dict[str, int] = {}
+    for name, start in zip(rooms, rest, strict=False):
+        offsets = getattr(plan, name).offsets
+        room |= {piece: start + offset for piece, offset in offsets.items()}
+    launches: list[Launch] = []
+    launcher = Launcher(problem, plan, inputs, room, device, launches.append)
+    form(launcher, dict(zip(names, rest[len(rooms) :], strict=True)), *options)
+    return Recording(launches)
+
+
+@functools.cache
+def _integers(dtype: Any) -> tuple[int, bool]:
+    return _INTEGERS[str(dtype).removeprefix("torch.")]
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows(
+    shape: tuple[int, ...], strides: tuple[int, ...], size: int, beyond: int
+) -> tuple[int, bool, bool] | None:
+    """Return what `DeviceMatrix` says of rows that start `beyond` a multiple of `_WIDEST` bytes.
+
+    None where they are not at one distance.
+    """
+    dim, stride = shape[-1], _row_stride(shape, strides)
+    if stride is None:
+        return None
+    aligned = beyond % (4 * size) == 0 and stride % 4 == 0 and dim % 4 == 0
+    in_words = beyond % 16 == 0 and stride * size % 16 == 0 and stride >= dim
+    return stride, aligned, in_words
+
+
+def _row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """Return the one distance between the rows of an array (..., D), None where there is none."""
-    *shape, dim = view.shape
-    *strides, inner = view.strides
+    *shape_of_rows, dim = shape
+    *outer, inner = strides
     if inner != 1 and dim > 1:
         return None
     distance, step = None, None
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+    for size, stride in zip(reversed(shape_of_rows), reversed(outer), strict=True):
         if size == 1:
             continue
         if distance is None:

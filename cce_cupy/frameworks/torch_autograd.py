@@ -196,8 +196,7 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         saved = to_tensor(host.pack(), None) if differentiate else None
     else:
         found = gpu.evaluate(call.memory(), call.problem, call.arrays, differentiate=differentiate)
-        loss, lse = found.loss, found.lse
-        saved = found.call.saved.words if differentiate else None
+        loss, lse, saved = found.loss, found.lse, found.saved
     return (
         loss,
         call.empty(sums) if lse is None else lse,

@@ -101,6 +101,23 @@ class GpuPlan:
     statistics: Room
     backward: Room
 
+    @functools.cached_property
+    def forward_alone(self) -> Room:
+        """The pieces of a forward that no pullback follows, in one allocation."""
+        return Room(self.saved | self.forward)
+
+    @functools.cached_property
+    def statistics_alone(self) -> Room:
+        """The same for the forward with statistics."""
+        return Room(self.saved | self.statistics)
+
+    @functools.cached_property
+    def parts(self) -> int:
+        """Of the backward."""
+        return -(-self.words * COLUMN_CHUNK // self.range_columns) * -(
+            -self.tiles // self.part_tiles
+        )
+
 
 class GpuDevice(NamedTuple):
     """What a plan asks of a GPU: its multiprocessors and its compute capability."""

@@ -1,0 +1,248 @@
+"""Launches that are formed once and made again, with a stub for the driver's library.
+
+What the stub is given must be what it is given by launches that are formed for each call.
+"""
+
+import contextlib
+import ctypes
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from cce_cupy import driver, launcher, recording, tensor_map
+from cce_cupy.driver import Layout
+from cce_cupy.frameworks import gpu
+from cce_cupy.frameworks.gpu import DeviceView, GpuCall
+from cce_cupy.plan import GpuDevice, Wanted
+from cce_cupy.problem import ArraySpec, Options, Problem
+from cce_cupy.recording import Launch, Recording, stand_in
+from cce_cupy.signatures import PARAMETERS, layout
+
+H100, A100 = GpuDevice(132, (9, 0)), GpuDevice(108, (8, 0))
+
+
+class Library:
+    """Launches nothing, and keeps what it was asked to launch, with the bytes of each argument."""
+
+    def __init__(self):
+        self.calls, self.sizes, self.status = [], {}, 0
+        self.pause = None
+
+    def __getitem__(self, name):
+        return getattr(self, name)
+
+    def cuLaunchKernel(self, function, *rest):
+        plain = [getattr(x, "value", x) for x in (function, *rest)]
+        function, *sizes, shared, stream, pointers, _ = plain
+        if self.pause is not None:
+            self.pause.wait()
+        arguments = [
+            ctypes.string_at(pointer, size)
+            for pointer, size in zip(pointers, self.sizes[function], strict=True)
+        ]
+        self.calls.append((function, sizes, shared, stream or 0, arguments))
+        return self.status
+
+    def cuTensorMapEncodeTiled(self, out, kind, rank, pointer, *rest):
+        text = b"descriptor of a matrix at %x" % pointer.value
+        ctypes.memmove(out.value, text.ljust(128, b"."), 128)
+        return 0
+
+    def cuGetErrorName(self, status, text):
+        text._obj.value = b"CUDA_ERROR"
+        return 0
+
+    def take(self):
+        taken, self.calls = self.calls, []
+        return taken
+
+
+@pytest.fixture
+def library(monkeypatch):
+    stub = Library()
+    for module in (driver, recording, tensor_map):
+        monkeypatch.setattr(module, "library", lambda: stub)
+    kernels = [(file, name) for file, names in PARAMETERS.items() for name in names]
+    handles = {kernel: 0x7000 + k for k, kernel in enumerate(kernels)}
+    stub.sizes = {handle: layout(*kernel).sizes for kernel, handle in handles.items()}
+
+    def load(device, file, name, dtype):
+        return handles[f"{file}.cu", name], 64, layout(f"{file}.cu", name)
+
+    monkeypatch.setattr(launcher, "_loaded", {})
+    monkeypatch.setattr(launcher, "_load", load)
+    monkeypatch.setattr(gpu, "OnDevice", contextlib.nullcontext)
+    gpu._record.cache_clear()
+    tensor_map.encode.cache_clear()
+    yield stub
+    gpu._record.cache_clear()
+    tensor_map.encode.cache_clear()
+
+
+class Memory:
+    """Addresses in the order in which they are asked for, of no memory."""
+
+    def __init__(self, first, stream=5, hardware=H100):
+        self.next, self.device, self.stream, self.found = first, 1, stream, hardware
+
+    def array(self, shape, dtype):
+        strides = []
+        step = 1
+        for size in reversed(shape):
+            strides.insert(0, step)
+            step *= size
+        pointer = self.next if step else 0
+        self.next += 2**32
+        return SimpleNamespace(
+            shape=tuple(shape), strides=tuple(strides), dtype=dtype, pointer=pointer
+        )
+
+    def view(self, array):
+        return DeviceView(array.shape, array.strides)
+
+    def address(self, array):
+        return array.pointer
+
+    def contiguous(self, array, dtype=None):
+        return array
+
+    def full(self, shape, dtype, value):
+        return self.array(shape, dtype)
+
+    def hardware(self):
+        return self.found
+
+
+def specs(rows, vocab, dim, dtype, *optional):
+    shapes = {
+        "e": ((rows, dim), dtype),
+        "c": ((vocab, dim), dtype),
+        "targets": ((rows,), "int32"),
+        "bias": ((vocab,), dtype),
+        "class_weight": ((vocab,), "float32"),
+        "token_weight": ((rows,), "float32"),
+    }
+    names = ("e", "c", "targets", *optional)
+    return {name: ArraySpec(*shapes[name], "cuda:1") for name in names}
+
+
+def call(memory, described, options=(), *, outputs=("loss",), wanted=None, dlse=False):
+    """A forward, and a backward where gradients are wanted, on arrays of their own."""
+    problem = Problem.check(described, Options(**dict(options)))
+    arrays = {name: memory.array(x.shape, x.dtype) for name, x in described.items()}
+    made = GpuCall(memory, problem, arrays)
+    results = {name: memory.array((problem.tokens,), "float32") for name in outputs}
+    made.run_forward(keep_columns=wanted is not None, outputs=results)
+    if wanted is not None:
+        upstream = memory.array((problem.tokens,), "float32") if dlse else None
+        made.pullback(memory, memory.array((1,), "float32"), upstream, wanted)
+
+
+EVERYTHING = ("bias", "class_weight", "token_weight")
+STATISTICS = ("log_prob", "lse", "entropy", "argmax")
+CALLS = {
+    "plain": ((300, 5000, 64, "bfloat16"), {}, {}),
+    "one tile": ((100, 5000, 64, "bfloat16"), {}, {}),
+    "portable": ((300, 5000, 63, "float32"), {}, {}),
+    "float64": ((300, 500, 20, "float64", *EVERYTHING), {"reduction": "none"}, {}),
+    "options": (
+        (300, 5000, 64, "float16", *EVERYTHING),
+        {"softcap": 30.0, "label_smoothing": 0.1, "seed": 2**64 - 1, "return_lse": True},
+        {"outputs": ("loss", "lse"), "dlse": True},
+    ),
+    "rank one": ((300, 5000, 64, "bfloat16", "bias"), {"label_smoothing": 0.1}, {}),
+    "in parts": ((300, 5000, 64, "float32"), {"workspace_bytes": 1_500_000}, {}),
+    "statistics": ((300, 5000, 64, "bfloat16"), {}, {"outputs": STATISTICS}),
+    "no rows": ((0, 50, 64, "bfloat16"), {}, {}),
+    "no classes": ((7, 0, 64, "bfloat16", "bias"), {"ignore_index": 0}, {}),
+    "no dimension": ((7, 50, 0, "float32", "bias"), {}, {}),
+}
+
+
+@pytest.mark.parametrize("hardware", [H100, A100])
+@pytest.mark.parametrize("wanted", [None, Wanted(), Wanted(e=False), Wanted(False, False, True)])
+@pytest.mark.parametrize("name", CALLS)
+def test_recorded_launches_are_those_formed_for_a_call(
+    library, monkeypatch, name, wanted, hardware
+):
+    shapes, options, extra = CALLS[name]
+    described = specs(*shapes)
+    if "argmax" in extra.get("outputs", ()) and wanted is not None:
+        pytest.skip("no gradients of statistics")
+
+    def run(first, stream):
+        call(Memory(first, stream, hardware), described, options, wanted=wanted, **extra)
+        return library.take()
+
+    places = [(2**40, 5), (2**45, 6), (2**40, 7)]
+    with monkeypatch.context() as patch:
+        patch.setattr(GpuCall, "_replay", GpuCall._launch)
+        formed = [run(*place) for place in places]
+    assert formed[0] != formed[1]
+    assert [run(*place) for place in places] == formed
+    recorded = gpu._record.cache_info()
+    assert (recorded.misses, recorded.hits) == ((1, 2) if wanted is None else (2, 4))
+
+
+def test_calls_of_two_shapes_take_turns(library):
+    both = [specs(300, 5000, 64, "bfloat16"), specs(500, 5000, 64, "bfloat16")]
+    alone = []
+    for described in both:
+        call(Memory(2**40), described, wanted=Wanted())
+        alone.append(library.take())
+    assert alone[0] != alone[1]
+    for k in (0, 1, 0, 1):
+        call(Memory(2**40), both[k], wanted=Wanted())
+        assert library.take() == alone[k]
+
+
+def test_matrices_that_lie_otherwise_are_other_calls(library):
+    described = specs(300, 5000, 64, "bfloat16")
+    for beyond in (0, 8, 2):
+        call(Memory(2**40 + beyond), described)
+    assert gpu._record.cache_info().misses == 3
+
+
+def test_many_parts_are_not_kept(library):
+    described = specs(300, 50_000, 64, "float32")
+    call(Memory(2**40), described, {"workspace_bytes": 500_000}, wanted=Wanted())
+    assert gpu._record.cache_info().misses == 1  # the forward
+    assert len(library.take()) > 4 * gpu.MOST_PARTS
+
+
+def two_words():
+    kernel = Layout(["P", "q", "P"])
+    values = stand_in(0) + 8, -3, stand_in(1)
+    return Recording([Launch(1, (3, 2), (128, 4), 16, kernel, values)]), kernel
+
+
+def test_threads_do_not_share_arguments(library):
+    recorded, kernel = two_words()
+    library.sizes = {1: kernel.sizes}
+    # Both are between the writing of their arguments and the driver's reading them at once.
+    library.pause = threading.Barrier(2)
+    given = [(100, 200), (300, 400)]
+    threads = [threading.Thread(target=recorded.replay, args=(x, 9)) for x in given]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = sorted(arguments for *_, arguments in library.take())
+    words = [[(a + 8), 2**64 - 3, b] for a, b in given]
+    assert found == sorted([w.to_bytes(8, "little") for w in each] for each in words)
+    library.pause = None
+    recorded.replay((500, 600), 0)
+    assert len(recorded._rooms) == 2
+
+
+def test_a_refused_launch_says_why(library):
+    recorded, kernel = two_words()
+    library.sizes, library.status = {1: kernel.sizes}, 719
+    with pytest.raises(RuntimeError, match="refused to launch a kernel: CUDA_ERROR"):
+        recorded.replay((100, 200), 9)
+    library.status = 0
+    library.take()
+    recorded.replay((100, 200), 9)
+    ((function, sizes, shared, stream, _),) = library.take()
+    assert (function, sizes, shared, stream) == (1, [3, 2, 1, 128, 4, 1], 16, 9)
