@@ -87,7 +87,8 @@ class TorchMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.device: int = device.index
-        self.stream: int = torch.cuda.current_stream(device).cuda_stream
+        # What torch.cuda.current_stream asks too, before it makes an object of it.
+        self.stream: int = torch._C._cuda_getCurrentRawStream(device.index)
 
     def view(self, array: Any) -> DeviceView:
         """Return how a tensor lies."""
