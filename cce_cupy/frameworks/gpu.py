@@ -6,7 +6,7 @@ The framework of the caller allocates everything, outputs and workspace alike, o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ..launcher import DeviceInputs, DeviceMatrix, Launcher, OnDevice, launch_on
@@ -20,19 +20,15 @@ _INTEGERS = {
 }
 """Bytes of each dtype of targets, and whether it is signed."""
 
+_INPUTS = 6
+"""Arrays that a call may be given."""
+
 _WIDEST = 32
 """Bytes of the widest access of a kernel: four elements of float64."""
 
 MOST_PARTS = 16
 """Of a backward whose launches are kept: those of more parts would take much memory, and the
 device is busy for longer than the host needs to form them."""
-
-
-class DeviceView(NamedTuple):
-    """How an array lies: its shape, and its strides in elements."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
 
 
 class DeviceMemory(Protocol):
@@ -42,8 +38,8 @@ class DeviceMemory(Protocol):
     stream: int
     """The raw handle of the current one."""
 
-    def view(self, array: Any) -> DeviceView:
-        """Return how an array lies."""
+    def strides(self, array: Any) -> tuple[int, ...]:
+        """Return how far apart an array's elements lie along each axis, in elements."""
 
     def address(self, array: Any) -> int:
         """Return where an array lies."""
@@ -156,11 +152,22 @@ class GpuCall:
         saved: Any | None = None,
     ) -> None:
         self.memory, self.problem = memory, problem
-        self.hardware = memory.hardware()
-        self.held: list[Any] = []
-        self.inputs = self._inputs(arrays)
-        self.aligned = self.inputs.e.in_words and self.inputs.c.in_words
-        self.plan: GpuPlan = make_gpu_plan(problem, self.hardware, aligned=self.aligned)
+        sums, targets = problem.accumulator, memory.contiguous(arrays["targets"])
+        e, e_rows = self._matrix(arrays["e"])
+        c, c_rows = self._matrix(arrays["c"])
+        # The pullback refers to them too.
+        self.held = [e, c, targets]
+        self.addresses: tuple[int, ...] = tuple(map(memory.address, self.held))
+        for name, dtype in (("bias", None), ("class_weight", sums), ("token_weight", sums)):
+            if name in arrays:
+                self.held.append(memory.contiguous(arrays[name], dtype))
+                self.addresses += (memory.address(self.held[-1]),)
+            else:
+                self.addresses += (0,)
+        self.alike = _alike(
+            problem, memory.hardware(), memory.device, e_rows, c_rows, arrays["targets"].dtype
+        )
+        self.plan = self.alike.plan
         self.saved = None if saved is None else _Space(memory, self.plan.saved, saved)
 
     def run_forward(self, *, keep_columns: bool, outputs: Mapping[str, Any]) -> None:
@@ -232,9 +239,7 @@ class GpuCall:
         for space in spaces.values():
             room |= space.addresses
         with OnDevice(memory.device):
-            launcher = Launcher(
-                self.problem, self.plan, self.inputs, room, memory.device, launch_on(memory.stream)
-            )
+            launcher = self.alike.launcher(self.addresses, room, launch_on(memory.stream))
             form(launcher, addresses, *options)
 
     def _replay(
@@ -246,18 +251,12 @@ class GpuCall:
         addresses: Mapping[str, int],
     ) -> None:
         """Make the same launches, which have been formed at the first call like this one."""
-        e, c, *others = self.inputs
-        targets, target_bytes, target_signed, *optional = others
-        everything = (
-            e.pointer, c.pointer, targets, *optional,
-            *[space.address for space in spaces.values()], *addresses.values(),
-        )  # fmt: skip
+        starts = [space.address for space in spaces.values()]
+        everything = (*self.addresses, *starts, *addresses.values())
         with OnDevice(memory.device):
-            recording = _record(
-                self.problem, self.hardware, self.aligned, memory.device,
-                e[1:], c[1:], (target_bytes, target_signed), form, options,
-                tuple(spaces), tuple(addresses), tuple([x != 0 for x in everything]),
-            )  # fmt: skip
+            recording = self.alike.recording(
+                form, options, tuple(spaces), tuple(addresses), tuple(map(bool, everything))
+            )
             recording.replay(everything, memory.stream)
 
     def _check_targets(self, space: _Space) -> None:
@@ -269,37 +268,15 @@ class GpuCall:
                 f"{wrong} of the flattened targets"
             )
 
-    def _inputs(self, arrays: Mapping[str, Any]) -> DeviceInputs:
-        sums = self.problem.accumulator
-        targets = arrays["targets"]
-        return DeviceInputs(
-            self._matrix(arrays["e"]),
-            self._matrix(arrays["c"]),
-            self._keep(self.memory.contiguous(targets)),
-            *_integers(targets.dtype),
-            self._vector(arrays, "bias", None),
-            self._vector(arrays, "class_weight", sums),
-            self._vector(arrays, "token_weight", sums),
-        )
-
-    def _vector(self, arrays: Mapping[str, Any], name: str, dtype: str | None) -> int:
-        if name not in arrays:
-            return 0
-        return self._keep(self.memory.contiguous(arrays[name], dtype))
-
-    def _keep(self, array: Any) -> int:
-        # The pullback refers to it too.
-        self.held.append(array)
-        return self.memory.address(array)
-
-    def _matrix(self, array: Any) -> DeviceMatrix:
-        memory, size = self.memory, ITEMSIZE[self.problem.dtype]
-        rows = _rows(*memory.view(array), size, memory.address(array) % _WIDEST)
+    def _matrix(self, array: Any) -> tuple[Any, _Rows]:
+        """Return a matrix whose rows are at one distance, the array itself where they are."""
+        memory, dtype = self.memory, self.problem.dtype
+        rows = _rows(array.shape, memory.strides(array), dtype, memory.address(array) % _WIDEST)
         if rows is None:
             array = memory.contiguous(array)
-            rows = _rows(*memory.view(array), size, memory.address(array) % _WIDEST)
+            rows = _rows(array.shape, memory.strides(array), dtype, memory.address(array) % _WIDEST)
             assert rows is not None
-        return DeviceMatrix(self._keep(array), *rows)
+        return array, rows
 
 
 def _form_forward(
@@ -329,78 +306,96 @@ def _form_backward(launcher: Launcher, at: Mapping[str, int], wanted: Wanted) ->
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _record(
-    problem: Problem,
-    hardware: GpuDevice,
-    aligned: bool,
-    device: int,
-    e: tuple[Any, ...],
-    c: tuple[Any, ...],
-    targets: tuple[int, bool],
-    form: Callable[..., None],
-    options: tuple[Any, ...],
-    rooms: tuple[str, ...],
-    names: tuple[str, ...],
-    present: tuple[bool, ...],
-) -> Recording:
-    """Form the launches of calls that differ in their addresses alone.
+class _Rows(NamedTuple):
+    """The fields of `DeviceMatrix` behind its pointer."""
 
-    Parameters
-    ----------
-    problem, hardware, aligned, device
-        As for the plan and the launcher.
-    e, c : tuple
-        The fields of `DeviceMatrix` behind its pointer.
-    targets : tuple of int and bool
-        Bytes of each, and whether they are signed.
-    form : callable
-        What forms them, with a launcher, addresses by name, and options.
-    options : tuple
-    rooms : tuple of str
-        The plan's rooms that there is an allocation for.
-    names : tuple of str
-        Of the other addresses.
-    present : tuple of bool
-        Which addresses are not 0: of the arguments in their order, of the allocations, and of
-        `names`.
-    """
-    stand_ins = [stand_in(k) if there else 0 for k, there in enumerate(present)]
-    e_at, c_at, targets_at, bias, class_weight, token_weight, *rest = stand_ins
-    inputs = DeviceInputs(
-        DeviceMatrix(e_at, *e), DeviceMatrix(c_at, *c),
-        targets_at, *targets, bias, class_weight, token_weight,
-    )  # fmt: skip
-    plan = make_gpu_plan(problem, hardware, aligned=aligned)
-    room: dict[str, int] = {}
-    for name, start in zip(rooms, rest, strict=False):
-        offsets = getattr(plan, name).offsets
-        room |= {piece: start + offset for piece, offset in offsets.items()}
-    launches: list[Launch] = []
-    launcher = Launcher(problem, plan, inputs, room, device, launches.append)
-    form(launcher, dict(zip(names, rest[len(rooms) :], strict=True)), *options)
-    return Recording(launches)
+    stride: int
+    aligned: bool
+    in_words: bool
 
 
-@functools.cache
-def _integers(dtype: Any) -> tuple[int, bool]:
-    return _INTEGERS[str(dtype).removeprefix("torch.")]
+class _Alike:
+    """What calls share that differ in their addresses alone."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        hardware: GpuDevice,
+        device: int,
+        e: _Rows,
+        c: _Rows,
+        targets_dtype: Any,
+    ) -> None:
+        self.problem, self.device, self.e, self.c = problem, device, e, c
+        self.targets = _INTEGERS[str(targets_dtype).removeprefix("torch.")]
+        self.plan: GpuPlan = make_gpu_plan(problem, hardware, aligned=e.in_words and c.in_words)
+        self._recordings: dict[Any, Recording] = {}
+
+    def launcher(
+        self, inputs: Sequence[int], room: Mapping[str, int], take: Callable[[Launch], None]
+    ) -> Launcher:
+        """Return what forms launches for addresses of the array arguments, in their order."""
+        e, c, targets, *optional = inputs
+        given = DeviceInputs(
+            DeviceMatrix(e, *self.e), DeviceMatrix(c, *self.c), targets, *self.targets, *optional
+        )
+        return Launcher(self.problem, self.plan, given, room, self.device, take)
+
+    def recording(
+        self,
+        form: Callable[..., None],
+        options: tuple[Any, ...],
+        rooms: tuple[str, ...],
+        names: tuple[str, ...],
+        present: tuple[bool, ...],
+    ) -> Recording:
+        """Return launches as they were formed once.
+
+        Parameters
+        ----------
+        form : callable
+            What forms them, with a launcher, addresses by name, and options.
+        options : tuple
+        rooms : tuple of str
+            The plan's rooms that there is an allocation for.
+        names : tuple of str
+            Of the other addresses.
+        present : tuple of bool
+            Which addresses are not 0: of the array arguments, of the allocations, and of `names`.
+        """
+        key = form, options, rooms, names, present
+        found = self._recordings.get(key)
+        if found is None:
+            stand_ins = [stand_in(k) if there else 0 for k, there in enumerate(present)]
+            inputs, rest = stand_ins[:_INPUTS], stand_ins[_INPUTS:]
+            room: dict[str, int] = {}
+            for name, start in zip(rooms, rest, strict=False):
+                offsets = getattr(self.plan, name).offsets
+                room |= {piece: start + offset for piece, offset in offsets.items()}
+            launches: list[Launch] = []
+            launcher = self.launcher(inputs, room, launches.append)
+            form(launcher, dict(zip(names, rest[len(rooms) :], strict=True)), *options)
+            found = self._recordings[key] = Recording(launches)
+        return found
+
+
+_alike = functools.lru_cache(maxsize=256)(_Alike)
 
 
 @functools.lru_cache(maxsize=1024)
 def _rows(
-    shape: tuple[int, ...], strides: tuple[int, ...], size: int, beyond: int
-) -> tuple[int, bool, bool] | None:
-    """Return what `DeviceMatrix` says of rows that start `beyond` a multiple of `_WIDEST` bytes.
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, beyond: int
+) -> _Rows | None:
+    """Return how rows lie that start `beyond` a multiple of `_WIDEST` bytes.
 
     None where they are not at one distance.
     """
-    dim, stride = shape[-1], _row_stride(shape, strides)
+    dim, size, stride = shape[-1], ITEMSIZE[dtype], _row_stride(shape, strides)
     if stride is None:
         return None
     aligned = beyond % (4 * size) == 0 and stride % 4 == 0 and dim % 4 == 0
     in_words = beyond % 16 == 0 and stride * size % 16 == 0 and stride >= dim
-    return stride, aligned, in_words
+    return _Rows(stride, aligned, in_words)
 
 
 def _row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:

@@ -12,7 +12,6 @@ import torch
 from ..plan import GpuDevice
 from ..problem import ArraySpec
 from .framework import Array, Framework
-from .gpu import DeviceView
 
 
 class TorchFramework(Framework):
@@ -90,9 +89,9 @@ class TorchMemory:
         # What torch.cuda.current_stream asks too, before it makes an object of it.
         self.stream: int = torch._C._cuda_getCurrentRawStream(device.index)
 
-    def view(self, array: Any) -> DeviceView:
-        """Return how a tensor lies."""
-        return DeviceView(array.shape, array.stride())
+    def strides(self, array: Any) -> tuple[int, ...]:
+        """Return how far apart a tensor's elements lie along each axis."""
+        return array.stride()  # type: ignore[no-any-return]
 
     def address(self, array: Any) -> int:
         """Return where a tensor lies."""

@@ -14,7 +14,7 @@ from ..compiler import KERNELS, import_cupy, kernel, serves
 from ..plan import GpuDevice, Wanted, make_gpu_plan
 from ..problem import Problem
 from .cupy import hardware_of
-from .gpu import DeviceView, GpuCall
+from .gpu import GpuCall
 from .xla_call import read, saved_bytes
 from .xla_ffi import Buffer, Call
 
@@ -102,10 +102,9 @@ class _XlaMemory:
         self.device: int = self._runtime.pointerGetAttributes(workspace.pointer).device
         self.stream = call.stream()
 
-    def view(self, array: Any) -> DeviceView:
-        """Return how a buffer lies."""
-        strides = tuple(math.prod(array.shape[i + 1 :]) for i in range(len(array.shape)))
-        return DeviceView(array.shape, strides)
+    def strides(self, array: Any) -> tuple[int, ...]:
+        """Return how far apart a buffer's elements lie along each axis."""
+        return tuple(math.prod(array.shape[i + 1 :]) for i in range(len(array.shape)))
 
     def address(self, array: Any) -> int:
         """Return where a buffer lies."""
