@@ -169,6 +169,9 @@ def launch_on(stream: int) -> Callable[[Launch], None]:
 class Launcher:
     """The launches of one call on one device.
 
+    Addresses may be stand-ins for those of later calls: offsets are added to them, and they are
+    compared with 0, which stands for no array. Nothing else may depend on them.
+
     Parameters
     ----------
     problem : Problem
@@ -211,7 +214,7 @@ class Launcher:
         block: tuple[int, int],
         *arguments: Any,
     ) -> None:
-        """Launch a kernel; a grid without blocks is no launch."""
+        """Launch a kernel; a grid without blocks is no launch. An argument may be a `TensorMap`."""
         if 0 in grid:
             return
         key = self.device, file, name, self.problem.dtype

@@ -100,7 +100,7 @@ class Recording:
         try:
             room = self._rooms.pop()
         except IndexError:
-            room = _Room(self)
+            room = _Room(self, len(addresses))
         try:
             room.launch(addresses, stream)
         finally:
@@ -110,9 +110,10 @@ class Recording:
 class _Room:
     """Arguments of a recording's launches, as the driver takes them."""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Recording, arrays: int) -> None:
         self.recording = recording
         self.words = recording.words.copy()
+        self.starts = np.zeros(arrays, np.uint64)
         self.addresses: tuple[int, ...] = ()
         self.mapped = [0] * len(recording.maps)
         self.stream = ctypes.c_void_p()
@@ -149,8 +150,8 @@ class _Room:
     def _write(self, addresses: tuple[int, ...]) -> None:
         recording = self.recording
         self.addresses = ()  # until all are written
-        starts = np.array(addresses, np.uint64)
-        self.words[recording.addressed] = starts[recording.arrays] + recording.offsets
+        self.starts[:] = addresses
+        self.words[recording.addressed] = self.starts[recording.arrays] + recording.offsets
         for k, (words, array, offset, matrix) in enumerate(recording.maps):
             pointer = addresses[array] + offset
             if pointer != self.mapped[k]:

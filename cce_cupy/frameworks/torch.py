@@ -36,7 +36,10 @@ class TorchFramework(Framework):
             )
         if array.layout is not torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {array.layout}")
-        return ArraySpec(tuple(array.shape), _name(array.dtype), _place(array.device))
+        try:
+            return _spec(array.shape, array.dtype, array.device)
+        except TypeError:  # sizes that are symbolic: no cache can hold them
+            return _spec.__wrapped__(array.shape, array.dtype, array.device)
 
     def to_host(self, array: Any) -> Array:
         """Return a view of the tensor's memory."""
@@ -64,14 +67,9 @@ class TorchFramework(Framework):
         return TorchMemory(like.device)
 
 
-@functools.cache
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@functools.cache
-def _place(device: torch.device) -> str:
-    return str(device)
+@functools.lru_cache(maxsize=1024)
+def _spec(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> ArraySpec:
+    return ArraySpec(tuple(shape), str(dtype).removeprefix("torch."), str(device))
 
 
 @functools.cache

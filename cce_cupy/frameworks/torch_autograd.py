@@ -138,8 +138,9 @@ def _in_schema(problem: Problem) -> Problem:
 
 def _autocast(arrays: Mapping[str, Any]) -> Mapping[str, Any]:
     """Cast what torch's linear would cast where autocast is on."""
-    device = arrays["e"].device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    e = arrays["e"]
+    device = "cuda" if e.is_cuda else "cpu"
+    if not (e.is_cuda or e.is_cpu) or not torch.is_autocast_enabled(device):
         return arrays
     dtype = torch.get_autocast_dtype(device)
     cast = dict(arrays)
