@@ -42,6 +42,8 @@ def stand_in(index: int) -> int:
 def _array_of(address: int) -> tuple[int, int]:
     """Return which array an address lies in, and where in it."""
     above, offset = divmod(address, 1 << _ADDRESS_BITS)
+    if above == 0:
+        raise ValueError(f"{address:#x} is not within an array whose address is told at each call")
     return above - 1, offset
 
 

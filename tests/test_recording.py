@@ -22,26 +22,37 @@ from cce_cupy.signatures import PARAMETERS, layout
 H100, A100 = GpuDevice(132, (9, 0)), GpuDevice(108, (8, 0))
 
 
+class Untyped(ctypes._CFuncPtr):
+    """A function of C as a library hands it out: without the types of its arguments."""
+
+    _flags_ = ctypes._FUNCFLAG_CDECL
+    _restype_ = ctypes.c_int
+
+
 class Library:
     """Launches nothing, and keeps what it was asked to launch, with the bytes of each argument."""
 
     def __init__(self):
         self.calls, self.sizes, self.status = [], {}, 0
         self.pause, self.recorded = None, 0
+        address, size = ctypes.c_void_p, ctypes.c_uint
+        kind = ctypes.CFUNCTYPE(
+            ctypes.c_int, address, *[size] * 7, address, ctypes.POINTER(address), address
+        )
+        self._callback = kind(self.cuLaunchKernel)
 
     def __getitem__(self, name):
-        return getattr(self, name)
+        assert name == "cuLaunchKernel"
+        return Untyped(ctypes.cast(self._callback, ctypes.c_void_p).value)
 
     def cuLaunchKernel(self, function, *rest):
-        plain = [getattr(x, "value", x) for x in (function, *rest)]
-        function, *sizes, shared, stream, pointers, _ = plain
+        *sizes, shared, stream, pointers, extra = rest
         if self.pause is not None:
             self.pause.wait()
         arguments = [
-            ctypes.string_at(pointer, size)
-            for pointer, size in zip(pointers, self.sizes[function], strict=True)
+            ctypes.string_at(pointers[k], size) for k, size in enumerate(self.sizes[function])
         ]
-        self.calls.append((function, sizes, shared, stream or 0, arguments))
+        self.calls.append((function, sizes, shared, stream or 0, arguments, extra))
         return self.status
 
     def cuTensorMapEncodeTiled(self, out, kind, rank, pointer, *rest):
@@ -233,7 +244,7 @@ def test_threads_do_not_share_arguments(library):
         thread.start()
     for thread in threads:
         thread.join()
-    found = sorted(arguments for *_, arguments in library.take())
+    found = sorted(arguments for *_, arguments, _ in library.take())
     words = [[(a + 8), 2**64 - 3, b] for a, b in given]
     assert found == sorted([w.to_bytes(8, "little") for w in each] for each in words)
     library.pause = None
@@ -249,5 +260,10 @@ def test_a_refused_launch_says_why(library):
     library.status = 0
     library.take()
     recorded.replay((100, 200), 9)
-    ((function, sizes, shared, stream, _),) = library.take()
+    ((function, sizes, shared, stream, *_),) = library.take()
     assert (function, sizes, shared, stream) == (1, [3, 2, 1, 128, 4, 1], 16, 9)
+
+
+def test_an_address_that_would_be_the_same_in_each_call_is_refused():
+    with pytest.raises(ValueError, match="0x7f0000000000 is not within an array"):
+        Recording([Launch(1, (1, 1), (1, 1), 0, Layout(["P"]), (0x7F0000000000,))])
