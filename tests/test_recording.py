@@ -215,16 +215,23 @@ def test_calls_of_two_shapes_take_turns(library):
 
 def test_matrices_that_lie_otherwise_are_other_calls(library):
     described = specs(300, 5000, 64, "bfloat16")
-    for beyond in (0, 8, 2, 0, 64):
+    for beyond in (0, 8, 2, 0, 64, 8, 2):
         call(Memory(2**40 + beyond), described)
     assert library.recorded == 3
 
 
+def test_launches_are_recorded_when_they_come_again(library):
+    for rows in range(300, 310):
+        call(Memory(2**40), specs(rows, 5000, 64, "bfloat16"))
+    assert library.recorded == 0
+
+
 def test_many_parts_are_not_kept(library):
     described = specs(300, 50_000, 64, "float32")
-    call(Memory(2**40), described, {"workspace_bytes": 500_000}, wanted=Wanted())
+    for _ in range(3):
+        call(Memory(2**40), described, {"workspace_bytes": 500_000}, wanted=Wanted())
     assert library.recorded == 1  # the forward
-    assert len(library.take()) > 4 * gpu.MOST_PARTS
+    assert len(library.take()) > 3 * 4 * gpu.MOST_PARTS
 
 
 def two_words():

@@ -250,14 +250,17 @@ class GpuCall:
         spaces: Mapping[str, _Space],
         addresses: Mapping[str, int],
     ) -> None:
-        """Make the same launches, which have been formed at the first call like this one."""
+        """Make the same launches as were recorded for calls like this one."""
         starts = [space.address for space in spaces.values()]
         everything = (*self.addresses, *starts, *addresses.values())
         with OnDevice(memory.device):
             recording = self.alike.recording(
                 form, options, tuple(spaces), tuple(addresses), tuple(map(bool, everything))
             )
-            recording.replay(everything, memory.stream)
+            if recording is not None:
+                recording.replay(everything, memory.stream)
+                return
+        self._launch(memory, form, options, spaces, addresses)
 
     def _check_targets(self, space: _Space) -> None:
         wrong = self.memory.read_integer(space.words, space.offsets["first_wrong"] // 8)
@@ -329,7 +332,7 @@ class _Alike:
         self.problem, self.device, self.e, self.c = problem, device, e, c
         self.targets = _INTEGERS[str(targets_dtype).removeprefix("torch.")]
         self.plan: GpuPlan = make_gpu_plan(problem, hardware, aligned=e.in_words and c.in_words)
-        self._recordings: dict[Any, Recording] = {}
+        self._recordings: dict[Any, Recording | None] = {}
 
     def launcher(
         self, inputs: Sequence[int], room: Mapping[str, int], take: Callable[[Launch], None]
@@ -348,8 +351,10 @@ class _Alike:
         rooms: tuple[str, ...],
         names: tuple[str, ...],
         present: tuple[bool, ...],
-    ) -> Recording:
-        """Return launches as they were formed once.
+    ) -> Recording | None:
+        """Return launches as they were formed once; None at the first request for them.
+
+        To record takes longer than to launch, and of batches of ever new lengths few come again.
 
         Parameters
         ----------
@@ -364,7 +369,10 @@ class _Alike:
             Which addresses are not 0: of the array arguments, of the allocations, and of `names`.
         """
         key = form, options, rooms, names, present
-        found = self._recordings.get(key)
+        if key not in self._recordings:
+            self._recordings[key] = None
+            return None
+        found = self._recordings[key]
         if found is None:
             stand_ins = [stand_in(k) if there else 0 for k, there in enumerate(present)]
             inputs, rest = stand_ins[:_INPUTS], stand_ins[_INPUTS:]
