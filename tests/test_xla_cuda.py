@@ -66,12 +66,6 @@ def device(monkeypatch):
             assert (device, stream) == (3, 77)
             self.plan, self.inputs, self.room = plan, inputs, room
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
         def __getattr__(self, name):
             return lambda *args, **options: made.launches.append((name, self, args, options))
 
@@ -79,6 +73,10 @@ def device(monkeypatch):
     monkeypatch.setattr(xla_cuda, "hardware_of", lambda device: H100)
     monkeypatch.setattr(xla_cuda, "_load", lambda device, dtype: None)
     monkeypatch.setattr(gpu, "Launcher", Recorder)
+    monkeypatch.setattr(gpu, "OnDevice", contextlib.nullcontext)
+    monkeypatch.setattr(gpu, "launch_on", lambda stream: stream)
+    # Recorded launches have no addresses yet; tests/test_recording.py follows those.
+    monkeypatch.setattr(gpu.GpuCall, "_replay", gpu.GpuCall._launch)
     return made
 
 
