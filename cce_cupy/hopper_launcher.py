@@ -104,10 +104,10 @@ class HopperLauncher(Launcher):
             )  # fmt: skip
         shape = problem.tokens, problem.dim
         e_map = TensorMap(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, (_BOX, _BOX))
-        lists: tuple[int, ...] = room["list"], 0, 0
+        lists: tuple[int, ...] = room["list"], room["item"], 0, 0
         passed: tuple[int, ...] = 0, 0
         if sweep.filtered:
-            lists = room["list"], room["rank"], room["slot"]
+            lists = room["list"], room["item"], room["slot"], room["passing"]
             passed = room["passed_pairs"], room["carried"]
         rank_one, wanted = self.rank_one, outputs.wanted
         wants_e, wants_c = sweep.e and wanted.e, sweep.c and wanted.c

@@ -35,7 +35,7 @@ HOPPER_FORWARD = (
 KEPT_COLUMNS = "PqPq"
 COLUMN_ORDER = KEPT_COLUMNS + "8Piiii0P"
 ORDER_SCRATCH = "8P"
-PAIRS = "4Pi0P3P"  # their lists and records, what is carried, and what has passed
+PAIRS = "5Pi0P3P"  # their lists and records, what is carried, and what has passed
 HOPPER_BACKWARD = (
     MATRIX + MATRIX + ROW_MAP + "PPq" + LOGIT_OPTIONS + FILTER + "qq" + COLUMN_ORDER + "P"
     + ROW_FACTORS + "P" + PAIRS + "12P"

@@ -259,6 +259,8 @@ def plan_hopper_backward(
         order = order if filtered else {}
         taken = sum(whole(size, _ALIGNMENT) for size in order.values())
         taken += carried * (_RECORD_BYTES + 4) + (4 * _CARRIED * tiles if filtered else 0)
+        # The lists' alignments, and items of at least 256 pairs of 256 bytes each.
+        taken += 8 * _ALIGNMENT + allowed // 2**14
         return blocks, order, min((allowed - taken) // each, most)
 
     def low_bytes(row_tiles: int, in_one: int) -> int:
@@ -298,8 +300,9 @@ def plan_hopper_backward(
         **order,
         "list": 4 * (in_one + carried),
         "dz_sum": 4 * in_one if problem.has_bias else 0,
-        "rank": 4 * (in_one + _CARRIED * tiles) if filtered else 0,
+        "item": 4 * (in_one // _LIST_UNIT + 1),
         "slot": 4 * in_one if filtered else 0,
+        "passing": 4 * (in_one + _CARRIED * tiles) if filtered else 0,
         "records": max(records + carried * _RECORD_BYTES, ends[-1] if filtered else 0),
     }
     # Sorting may take more than the records do.

@@ -43,6 +43,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   auto prepare = [&](const Chunk& chunk) {
     if (threadIdx.x / 32 == 0) place_lists(shared, call.order, chunk, row_tiles);
     named_sync<kEverybody, kThreads>();
+    list_items(call, chunk, row_tiles, static_cast<int>(thread / 32), static_cast<int>(threads / 32));
     fill_lists(shared, call, chunk, row_tiles, thread, threads);
     barrier.wait();
   };

@@ -20,8 +20,8 @@ constexpr int kWordElements = kWordBytes / sizeof(Storage);
 constexpr int kWordsOfRow = kTileK / kWordElements;
 constexpr int kRowStep = kGroupThreads / kWordsOfRow;  // rows that the threads copy a word of at once
 constexpr int kItemSlots = 8;
-constexpr int kCopyRegisters = 72;  // with those of the others what the launch has, no more
-constexpr int kSumRegisters = 216;
+constexpr int kCopyRegisters = 104;  // with those of the others what the launch has, no more
+constexpr int kSumRegisters = 200;
 constexpr int kZeroBytes = 4096;
 constexpr int kRemoved = 1 << 31;  // in a list: the row of c counts as zeros
 constexpr int kNobody = -1;        // in a list: past its end
@@ -72,8 +72,9 @@ struct Shared {
   TileFactors factors[kConsumers];
   int start[kMostRowTiles];   // of each row tile: where its pairs start, as if it kept none before
   int pairs[kMostRowTiles];
+  int natural[kMostRowTiles];  // columns that each keeps before the chunk, in the vocabulary's order
   int source[kMostRowTiles];  // its first row in e, where one copy of a box brings them all; or -1
-  int most_items;
+  int items;  // of dz
   int copier_sum[kGroupThreads / 32];
   int rows_of_item;  // rows of zeros that a block stores along with an item of dz
   uint64 seed;
@@ -81,7 +82,7 @@ struct Shared {
 };
 
 // What the host must give a launch; a stage may have to move up to where its alignment is.
-static_assert(sizeof(Shared) + alignof(Stage) == 220160, "_BACKWARD_SHARED_BYTES of compiler.py");
+static_assert(sizeof(Shared) + alignof(Stage) == 224256, "_BACKWARD_SHARED_BYTES of compiler.py");
 
 struct BackwardArguments {
   Matrix e;
@@ -99,8 +100,9 @@ struct BackwardArguments {
   RowFactors factors;
   const uint32* largest;  // of the rows' factors, as an integer
   int* list;              // column of each pair, those of a row tile after each other
-  int* rank;              // of each pair in the vocabulary's order; later the pairs that passed
-  int* slot;              // by rank: the pair, if it passed the exact test, or -1
+  int* item;              // items of dz in the order in which they are taken; see LogitItem
+  int* slot;              // by rank in the vocabulary's order: the pair, if it passed, or -1
+  int* passing;           // the pairs that passed
   Storage* dz;            // (pairs, kRowTile), and behind them what is carried from chunk to chunk
   int carry;              // where that starts
   int* passed_pairs;      // (tiles): what a chunk brings to dE
@@ -181,7 +183,7 @@ struct Chunk {
 __device__ __forceinline__ void place_lists(Shared& shared, const ColumnOrder& order,
                                             const Chunk& chunk, int row_tiles) {
   const int lane = threadIdx.x % 32;
-  int end = 0, most = 0;
+  int end = 0;
   for (int first = 0; first < row_tiles; first += 32) {
     const int tile = first + lane;
     int before = 0, pairs = 0;
@@ -199,17 +201,44 @@ __device__ __forceinline__ void place_lists(Shared& shared, const ColumnOrder& o
     if (tile < row_tiles) {
       shared.start[tile] = (end + upto - items) * kPairs - before;
       shared.pairs[tile] = pairs;
+      if (!order.whole()) shared.natural[tile] = order.natural_before(tile, chunk.number);
     }
     end += __shfl_sync(~0u, upto, 31);
-    most = max(most, static_cast<int>(__reduce_max_sync(~0u, items)));
   }
-  if (lane == 0) shared.most_items = most;
+  if (lane == 0) shared.items = end;
 }
 
 // Where the list of a row tile starts.
 __device__ __forceinline__ int list_start(const Shared& shared, const BackwardArguments& call,
                                           const Chunk& chunk, int tile) {
   return shared.start[tile] + call.order.kept_before(tile, chunk.first);
+}
+
+// List the items of dz by where in the order of the columns each starts: blocks that take them one after
+// the other then meet the same rows of c in the L2. A warp for each block of columns.
+__device__ __forceinline__ void list_items(const BackwardArguments& call, const Chunk& chunk,
+                                           int row_tiles, int warp, int warps) {
+  const ColumnOrder& order = call.order;
+  const int lane = threadIdx.x % 32;
+  for (int block = chunk.first + warp; block < chunk.last; block += warps) {
+    int before = 0;  // items that start in blocks before this one
+    auto items_before = [&](int tile, int at) {
+      if (tile >= row_tiles) return 0;
+      return (order.kept_before(tile, at) - order.kept_before(tile, chunk.first) + kPairs - 1) / kPairs;
+    };
+    for (int first = 0; first < row_tiles; first += 32)
+      before += static_cast<int>(__reduce_add_sync(~0u, items_before(first + lane, block)));
+    for (int first = 0; first < row_tiles; first += 32) {
+      const int own = items_before(first + lane, block);
+      // A block holds fewer columns than an item: at most one starts in it.
+      const bool starts = items_before(first + lane, block + 1) > own;
+      const uint32 starting = __ballot_sync(~0u, starts);
+      if (starts)
+        call.item[before + __popc(starting & ((1u << lane) - 1u))] =
+            own * kMostRowTiles + first + lane;
+      before += __popc(starting);
+    }
+  }
 }
 
 // Write the lists of a chunk, and past their ends that nobody is there.
@@ -236,8 +265,6 @@ __device__ __forceinline__ void fill_lists(const Shared& shared, const BackwardA
       const int column = order.column_at(left + __ffs(rest) - 1);
       const bool removed = call.bias != nullptr && widen(call.bias[column]) == lowest;
       *to = removed ? column | kRemoved : column;
-      if (!order.whole())
-        call.rank[to - call.list] = order.natural_rank(tile, chunk.number, column);
     }
   }
   for (int64 i = thread; i < static_cast<int64>(row_tiles) * kPairs; i += threads) {
@@ -254,26 +281,30 @@ struct Queue {
   int* counter;
   int base = 0;   // of this phase
   int taken = 0;  // items that this block has seen, in all phases
-  int next = 0;   // of the thread that takes them
+  int next = 0;   // what the thread that takes them will publish: the next item, or kNoItem
 
-  __device__ __forceinline__ bool takes() const { return threadIdx.x == 0; }
-  __device__ __forceinline__ int take() { return atomicAdd(counter, 1) - base; }
+  static constexpr int kNoItem = -1;
 
-  __device__ __forceinline__ void start() {
-    if (takes()) next = take();
+  // The item of the next number; `item_of` finds it.
+  template <typename ItemOf>
+  __device__ __forceinline__ int take(int limit, ItemOf item_of) {
+    const int number = atomicAdd(counter, 1) - base;
+    return number < limit ? item_of(number) : kNoItem;
   }
-  // One thread publishes the next number for which `valid` holds, or one past `limit`; all return it.
-  template <typename Valid>
-  __device__ __forceinline__ int publish(Shared& shared, int limit, Valid valid) {
-    const int slot = taken++ % kItemSlots;
-    if (takes()) {
-      while (next < limit && !valid(next)) next = take();
+  template <typename ItemOf>
+  __device__ __forceinline__ void start(int limit, ItemOf item_of) {
+    if (threadIdx.x == 0) next = take(limit, item_of);
+  }
+  // One thread publishes the next item; all return it, kNoItem at the end.
+  template <typename ItemOf>
+  __device__ __forceinline__ int publish(Shared& shared, int limit, ItemOf item_of) {
+    if (threadIdx.x == 0) {
+      const int slot = taken % kItemSlots;
       shared.item[slot] = next;
       mbarrier_arrive(shared_address(&shared.item_ready[slot]), 1);
-      // It is on its way while this one is worked on.
-      if (next < limit) next = take();
+      // Another is on its way while this one is worked on.
+      if (next != kNoItem) next = take(limit, item_of);
     }
-    --taken;
     return receive(shared);
   }
   __device__ __forceinline__ int receive(Shared& shared) {

@@ -11,22 +11,14 @@ constexpr int kBlocksM = kPairs / kConsumers / 64;  // of one matrix instruction
 constexpr int kLogits = kRowTile / 2;               // a thread's of one block
 constexpr uint32 kNoWord = ~0u;
 
-// 256 pairs of a row tile. Numbers are dealt out so that lists of any length come to their ends together:
-// all blocks walk the order of the columns side by side and meet in the L2.
+// 256 pairs of a row tile, as one number.
 struct LogitItem {
   int tile;
   int number;  // of the tile's items
-  bool there;
 
-  __device__ __forceinline__ LogitItem(const Shared& shared, int row_tiles, int at) {
-    const int turn = at / row_tiles;
-    tile = at - turn * row_tiles;
-    const int64 items = (shared.pairs[tile] + kPairs - 1) / kPairs, most = shared.most_items;
-    number = static_cast<int>(turn * items / most);
-    there = static_cast<int>((turn + 1) * items / most) > number;
-  }
+  __device__ __forceinline__ explicit LogitItem(int item)
+      : tile(item % kMostRowTiles), number(item / kMostRowTiles) {}
 };
-
 
 __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_map,
                                             const BackwardArguments& call, const Chunk& chunk,
@@ -37,12 +29,12 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
   const int steps = (dim + kTileK - 1) / kTileK;
   const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
   const uint32 in_tile = word_place(first, word);
-  const int limit = shared.most_items * row_tiles;
-  auto valid = [&](int at) { return LogitItem(shared, row_tiles, at).there; };
-  queue.start();
-  for (int at; (at = queue.publish(shared, limit, valid)) < limit;) {
+  const int limit = shared.items;
+  auto item_of = [&](int at) { return call.item[at]; };
+  queue.start(limit, item_of);
+  for (int at; (at = queue.publish(shared, limit, item_of)) != Queue::kNoItem;) {
     zeros.store(shared, call, shared.rows_of_item);
-    const LogitItem item(shared, row_tiles, at);
+    const LogitItem item(at);
     const SweepTile rows(shared, call, count, item.tile);
     const int* list = call.list + list_start(shared, call, chunk, item.tile) + item.number * kPairs;
     // Of this thread's words: one of eight in each of sixteen columns. Of removed entries the product
@@ -124,17 +116,26 @@ __device__ __forceinline__ void read_factors(TileFactors& factors, const Backwar
   factors.target[thread] = there ? static_cast<int>(call.map.target[row]) : -1;
 }
 
-// A column that a thread holds: half of a span of each eight rows.
+// A column that a thread holds, in half of the rows of its spans: what is looked up while products are
+// under way.
+struct HeldColumn {
+  int entry;  // of the list
+  int slot;   // where to say whether it passed; -1 for nowhere
+
+  __device__ __forceinline__ HeldColumn(const Shared& shared, const BackwardArguments& call, int tile,
+                                        int start, int pair)
+      : entry(call.list[pair]), slot(-1) {
+    if (call.order.whole() || entry == kNobody) return;
+    slot = start + call.order.natural_rank(tile, entry & ~kRemoved) - shared.natural[tile];
+  }
+};
 struct OwnColumn {
-  int64 pair;
   int column;    // -1: none
   bool removed;
   float bias;
 
-  __device__ __forceinline__ OwnColumn(const BackwardArguments& call, int64 at) : pair(at) {
-    const int entry = call.list[at];
-    removed = entry < 0;
-    column = entry == kNobody ? -1 : entry & ~kRemoved;
+  __device__ __forceinline__ OwnColumn(const BackwardArguments& call, int entry)
+      : column(entry == kNobody ? -1 : entry & ~kRemoved), removed(entry < 0) {
     bias = call.bias == nullptr || column < 0 ? 0.0f : widen(call.bias[column]);
   }
 };
@@ -236,14 +237,17 @@ __device__ __forceinline__ void store_record(uint4* record, const OwnColumn& own
 __device__ __forceinline__ void finish_logits(float (&z)[kLogits], const Shared& shared,
                                               const TileFactors& factors,
                                               const BackwardArguments& call, int64 tile,
-                                              int64 first_pair, int start, const LogitForm& form,
+                                              int64 first_pair, const HeldColumn& low,
+                                              const HeldColumn& high, const LogitForm& form,
                                               int lane, int warp) {
   const int q = lane % 4;
   const bool filtered = call.filter.eps > 0.0;
   uint32 passed = 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const OwnColumn own(call, first_pair + warp * 16 + lane / 4 + 8 * half);
+    const HeldColumn& held_column = half == 0 ? low : high;
+    const OwnColumn own(call, held_column.entry);
+    const int64 own_pair = first_pair + warp * 16 + lane / 4 + 8 * half;
     if (!form.plain) make_logits(z, call, own, half);
     bool target_of_any;
     uint32 largest =
@@ -257,13 +261,13 @@ __device__ __forceinline__ void finish_logits(float (&z)[kLogits], const Shared&
     }
     const bool passes = weight != 0.0f;
     passed += __popc(__ballot_sync(~0u, q == 0 && passes));
-    if (q == 0 && own.column >= 0 && !call.order.whole())
-      call.slot[start + call.rank[own.pair]] = passes ? static_cast<int>(own.pair) : -1;
+    if (q == 0 && held_column.slot >= 0)
+      call.slot[held_column.slot] = passes ? static_cast<int>(own_pair) : -1;
     const float smoothing =
         call.smoothing == nullptr || own.column < 0 ? 0.0f : call.smoothing[own.column];
     const float scaled = weight * form.scale;
     float sum = 0.0f;
-    uint4* record = reinterpret_cast<uint4*>(call.dz + own.pair * kRowTile) + q;
+    uint4* record = reinterpret_cast<uint4*>(call.dz + own_pair * kRowTile) + q;
     if (form.capped || call.smoothing != nullptr || __any_sync(~0u, target_of_any)) {
       store_record(record, own, q, [&](int j) {
         const int row = 8 * j + 2 * q;
@@ -297,7 +301,7 @@ __device__ __forceinline__ void finish_logits(float (&z)[kLogits], const Shared&
     }
     if (call.dz_sum != nullptr) {
       sum = quad_sum(sum);
-      if (q == 0) call.dz_sum[own.pair] = sum;
+      if (q == 0) call.dz_sum[own_pair] = sum;
     }
   }
   if (call.passed != nullptr && lane == 0)
@@ -309,13 +313,13 @@ __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArgum
                                              Queue& queue, RingPlace<kStages>& place) {
   const int consumer = threadIdx.x / kGroupThreads - 1, thread = threadIdx.x % kGroupThreads;
   const int steps = (static_cast<int>(call.dim) + kTileK - 1) / kTileK;
-  const int limit = shared.most_items * row_tiles;
+  const int limit = shared.items;
   const LogitForm form(call);
   TileFactors& factors = shared.factors[consumer];
   // Defined here: else it would be held from the chunk before.
   float z[kBlocksM][kLogits] = {};
-  for (int at; (at = queue.receive(shared)) < limit;) {
-    const LogitItem item(shared, row_tiles, at);
+  for (int at; (at = queue.receive(shared)) != Queue::kNoItem;) {
+    const LogitItem item(at);
     // All of the group are done with those of the item before.
     if (consumer == 0) {
       named_sync<kOfGroup, kGroupThreads>();
@@ -323,6 +327,13 @@ __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArgum
       named_sync<kOfGroup + 1, kGroupThreads>();
     }
     read_factors(factors, call, SweepTile(shared, call, count, item.tile));
+    const int start = list_start(shared, call, chunk, item.tile);
+    const int first = start + item.number * kPairs + consumer * kBlocksM * 64;
+    auto column = [&](int at) {
+      return HeldColumn(shared, call, item.tile, start,
+                        first + thread / 32 * 16 + thread % 32 / 4 + at);
+    };
+    const HeldColumn held[2 * kBlocksM] = {column(0), column(8), column(64), column(72)};
     int done = 0;
     for (int step = 0; step < steps; ++step) {
       wait_for(shared.ring.full[place.stage], place.parity);
@@ -344,13 +355,12 @@ __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArgum
     } else {
       named_sync<kOfGroup + 1, kGroupThreads>();
     }
-    const int start = list_start(shared, call, chunk, item.tile);
-    const int64 first = start + item.number * kPairs + consumer * kBlocksM * 64;
     // Not a loop: the compiler leaves long ones as they are, with the sums in memory.
     static_assert(kBlocksM == 2, "each block is finished here");
     const int64 tile = call.first_tile + item.tile;
-    finish_logits(z[0], shared, factors, call, tile, first, start, form, thread % 32, thread / 32);
-    finish_logits(z[1], shared, factors, call, tile, first + 64, start, form, thread % 32,
+    finish_logits(z[0], shared, factors, call, tile, first, held[0], held[1], form, thread % 32,
+                  thread / 32);
+    finish_logits(z[1], shared, factors, call, tile, first + 64, held[2], held[3], form, thread % 32,
                   thread / 32);
   }
   queue.finish(limit);

@@ -97,15 +97,22 @@ struct ColumnOrder {
   __device__ __forceinline__ int block_at(int place) const {
     return whole() ? place : block[place];
   }
-  // How many columns of a chunk a row tile keeps before one of them, in the vocabulary's order.
-  __device__ __forceinline__ int natural_rank(int tile, int chunk_number, int own) const {
-    const int64 row = static_cast<int64>(tile) * (natural_blocks + 1);
+  // How many columns a row tile keeps before a chunk, in the vocabulary's order.
+  __device__ __forceinline__ int natural_before(int tile, int number) const {
+    return kept_in[static_cast<int64>(tile) * (natural_blocks + 1) + range[number]];
+  }
+  // And before a column.
+  __device__ __forceinline__ int natural_rank(int tile, int own) const {
     const int at = own / kOrderBlock, number = own % kOrderBlock / kColumnChunk;
-    int rank = kept_in[row + at] - kept_in[row + range[chunk_number]];
-    for (int i = 0; i < number; ++i)
-      rank += __popc(kept.word(tile, static_cast<int64>(at) * kWordsOfBlock + i));
-    const uint32 below = (1u << own % kColumnChunk) - 1u;
-    return rank + __popc(kept.word(tile, own / kColumnChunk) & below);
+    int rank = kept_in[static_cast<int64>(tile) * (natural_blocks + 1) + at];
+#pragma unroll
+    for (int i = 0; i < kWordsOfBlock; ++i) {
+      // All of the block are asked for at once.
+      const uint32 word = kept.word(tile, static_cast<int64>(at) * kWordsOfBlock + i);
+      const uint32 below = i < number ? ~0u : i == number ? (1u << own % kColumnChunk) - 1u : 0u;
+      rank += __popc(word & below);
+    }
+    return rank;
   }
 };
 

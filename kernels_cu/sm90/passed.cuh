@@ -48,7 +48,7 @@ __device__ __forceinline__ void list_passed(Shared& shared, const BackwardArgume
   for (int tile = blockIdx.x; tile < row_tiles; tile += gridDim.x) {
     const int pairs = shared.pairs[tile];
     const int* slot = call.slot + list_start(shared, call, chunk, tile);
-    int* to = call.rank + passed_start(shared, call, chunk, tile);
+    int* to = call.passing + passed_start(shared, call, chunk, tile);
     const int carried = chunk.number == 0 ? 0 : call.carried[tile];
     if (thread < carried) to[thread] = carry_place(call, chunk.number, tile) + thread;
     int total = carried;

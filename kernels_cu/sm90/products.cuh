@@ -100,25 +100,30 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArg
                           : passed_start(shared, call, chunk, item.place);
   // A stage of zeros at least, so that whoever multiplies need not ask whether there is one.
   const int steps = max((pairs + kTileK - 1) / kTileK, 1);
-  // Pairs are looked up two steps ahead, their columns one.
-  int next_pair[kRowsOfThread], pair[kRowsOfThread], column[kRowsOfThread];
+  // Pairs are looked up three steps ahead, their columns two: whoever waited for them would be what the
+  // products wait for.
+  constexpr int kAhead = 2;
+  int pair[kAhead + 1][kRowsOfThread], column[kAhead][kRowsOfThread];
   auto look_up_pairs = [&](int step) {
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
       const int at = step * kTileK + first + i * kRowStep;
-      next_pair[i] = at >= pairs ? -1 : whole ? start + at : call.rank[start + at];
+      pair[kAhead][i] = at >= pairs ? -1 : whole ? start + at : call.passing[start + at];
     }
   };
-  auto look_up_columns = [&] {
+  auto advance = [&](int step) {
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      pair[i] = next_pair[i];
-      column[i] = pair[i] < 0 ? kNobody : call.list[pair[i]];
+      pair[0][i] = pair[1][i];
+      pair[1][i] = pair[2][i];
+      column[0][i] = column[1][i];
+      column[1][i] = pair[1][i] < 0 ? kNobody : call.list[pair[1][i]];
     }
+    look_up_pairs(step);
   };
   look_up_pairs(0);
-  look_up_columns();
-  look_up_pairs(1);
+  advance(1);
+  advance(2);
   for (int step = 0; step < steps; ++step, place.next()) {
     EmbeddingStage& stage = shared.stage[place.stage].embedding;
     wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
@@ -127,18 +132,17 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArg
     const Storage* row[kRowsOfThread];
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      row[i] = column[i] < 0 ? nullptr : call.c.row(column[i]);
+      row[i] = column[0][i] < 0 ? nullptr : call.c.row(column[0][i]);
       const Storage* record =
-          call.dz + static_cast<int64>(max(pair[i], 0)) * kRowTile + word * kWordElements;
+          call.dz + static_cast<int64>(max(pair[0][i], 0)) * kRowTile + word * kWordElements;
 #pragma unroll
       for (int half = 0; half < kRowTile / kTileK; ++half)
         copy_word(shared_address(stage.dz[half]) + in_tile + i * kRowStep * kTileK * sizeof(Storage),
-                  record + half * kTileK, pair[i] < 0 ? 0 : kWordBytes);
+                  record + half * kTileK, pair[0][i] < 0 ? 0 : kWordBytes);
     }
     copy_rows(stage.c, row, d, dim, in_tile);
     arrive_after_words(full);
-    look_up_columns();
-    look_up_pairs(step + 2);
+    advance(step + 3);
   }
 }
 
@@ -221,8 +225,9 @@ __device__ __forceinline__ void copy_gradients(Shared& shared, const TensorMap& 
   const int limit = count_gradients(call, chunk, row_tiles), parts = count_parts(call);
   if (call.de != nullptr && !call.order.whole())
     list_passed(shared, call, chunk, row_tiles, last);
-  queue.start();
-  for (int at; (at = queue.publish(shared, limit, [](int) { return true; })) < limit;) {
+  auto item_of = [](int at) { return at; };
+  queue.start(limit, item_of);
+  for (int at; (at = queue.publish(shared, limit, item_of)) != Queue::kNoItem;) {
     const GradientItem item(call, row_tiles, parts, at);
     if (item.embedding) {
       copy_embedding(shared, call, chunk, item, place);
@@ -451,10 +456,10 @@ __device__ __forceinline__ void form_gradients(Shared& shared, const BackwardArg
   const int embeddings = count_embeddings(call, row_tiles);
   int at = queue.receive(shared);
   // All of one kind come first: in one loop the sums of both would be one.
-  for (; at < embeddings; at = queue.receive(shared))
+  for (; at != Queue::kNoItem && at < embeddings; at = queue.receive(shared))
     form_embedding(shared, call, chunk, GradientItem(call, row_tiles, parts, at), count, first, last,
                    place);
-  for (; at < limit; at = queue.receive(shared))
+  for (; at != Queue::kNoItem; at = queue.receive(shared))
     form_classifier(shared, call, chunk, GradientItem(call, row_tiles, parts, at), row_tiles, place);
   queue.finish(limit);
 }
