@@ -15,6 +15,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _ARRAYS = ("e", "c", "targets", "bias", "class_weight", "token_weight")
+_OPTIONS = Options._fields
 
 
 class Gradients(NamedTuple):
@@ -194,31 +195,26 @@ def linear_cross_entropy(
     >>> round(float(loss), 4)  # log(1000)
     6.9078
     """
-    # Not locals(), which a compiler of older torch cannot follow.
-    given = {
-        "e": e,
-        "c": c,
-        "targets": targets,
-        "bias": bias,
-        "ignore_index": ignore_index,
-        "softcap": softcap,
-        "reduction": reduction,
-        "shift": shift,
-        "return_lse": return_lse,
-        "filter_eps": filter_eps,
-        "gradient_filter": gradient_filter,
-        "seed": seed,
-        "logit_scale": logit_scale,
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-        "class_weight": class_weight,
-        "token_weight": token_weight,
-        "filter_e_grad": filter_e_grad,
-        "filter_c_grad": filter_c_grad,
-        "check_targets": check_targets,
-        "workspace_bytes": workspace_bytes,
-    }
-    framework, arrays, options = _sort(given)
+    options = Options(
+        ignore_index=ignore_index,
+        softcap=softcap,
+        reduction=reduction,
+        shift=shift,
+        return_lse=return_lse,
+        filter_eps=filter_eps,
+        gradient_filter=gradient_filter,
+        seed=seed,
+        logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        filter_e_grad=filter_e_grad,
+        filter_c_grad=filter_c_grad,
+        check_targets=check_targets,
+        workspace_bytes=workspace_bytes,
+    )
+    arrays = _given(e, c, targets, bias, class_weight, token_weight)
+    framework = select(arrays)
+    framework.check_options(options)
     loss, lse = framework.loss(arrays, options)
     return (loss, lse) if return_lse else loss
 
@@ -226,15 +222,18 @@ def linear_cross_entropy(
 def _same_arguments(reference: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
     """Give a function of one dict the signature of another: its arguments arrive by name."""
     signature = inspect.signature(reference)
+    parameters = signature.parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = signature.parameters.keys()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def decorate(function: Callable[..., R]) -> Callable[P, R]:
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            try:
-                bound = signature.bind(*args, **kwargs)
-            except TypeError as error:
-                raise TypeError(f"{function.__name__}() {error}") from None
-            bound.apply_defaults()
-            return function(bound.arguments)
+            given = dict(zip(positional, args, strict=False)) | kwargs
+            arguments = defaults | given
+            if len(given) < len(args) + len(kwargs) or arguments.keys() != names:
+                _complain(signature, function.__name__, *args, **kwargs)
+            return function(arguments)
 
         for name in ("__module__", "__name__", "__qualname__", "__doc__"):
             setattr(wrapper, name, getattr(function, name))
@@ -244,6 +243,14 @@ def _same_arguments(reference: Callable[P, Any]) -> Callable[[Callable[..., R]],
         return wrapper
 
     return decorate
+
+
+def _complain(signature: inspect.Signature, name: str, *args: Any, **kwargs: Any) -> None:
+    """Raise for arguments that do not fit: to bind those of every call so takes too long."""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}() {error}") from None
 
 
 @_same_arguments(linear_cross_entropy)
@@ -412,13 +419,22 @@ def _prepare(arguments: dict[str, Any]) -> _Prepared:
 
 def _sort(arguments: dict[str, Any]) -> tuple[Framework, dict[str, Any], Options]:
     """Sort the arguments of a public function into arrays and options."""
-    required = ("e", "c", "targets")
-    arrays = {
-        name: arguments[name]
-        for name in _ARRAYS
-        if name in required or arguments.get(name) is not None
-    }
-    options = Options(**{name: arguments[name] for name in arguments if name not in _ARRAYS})
+    options = Options(**{name: arguments[name] for name in _OPTIONS if name in arguments})
+    arrays = _given(*[arguments.get(name) for name in _ARRAYS])
     framework = select(arrays)
     framework.check_options(options)
     return framework, arrays, options
+
+
+def _given(
+    e: Any, c: Any, targets: Any, bias: Any, class_weight: Any, token_weight: Any
+) -> dict[str, Any]:
+    """Return the array arguments by name; optional ones where they were given."""
+    arrays = {"e": e, "c": c, "targets": targets}
+    if bias is not None:
+        arrays["bias"] = bias
+    if class_weight is not None:
+        arrays["class_weight"] = class_weight
+    if token_weight is not None:
+        arrays["token_weight"] = token_weight
+    return arrays

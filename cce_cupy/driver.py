@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import struct
 import threading
 from collections.abc import Sequence
@@ -17,6 +18,15 @@ class Layout:
     ----------
     parameters : sequence of str
         A format of `struct` for each.
+
+    Attributes
+    ----------
+    whole : struct.Struct
+        Packs the scalars of all parameters, one after the other.
+    sizes, offsets : list of int
+        Bytes of each parameter, and where it starts.
+    scalars : list of (str, int)
+        The format of each scalar, and where it starts.
     """
 
     def __init__(self, parameters: Sequence[str]) -> None:
@@ -24,6 +34,15 @@ class Layout:
         self.sizes = [struct.calcsize("@" + parameter) for parameter in parameters]
         ends = [struct.calcsize("@" + "".join(parameters[: k + 1])) for k in range(len(parameters))]
         self.offsets = [end - size for end, size in zip(ends, self.sizes, strict=True)]
+        self.scalars: list[tuple[str, int]] = []
+        before = "@"
+        for count, code in re.findall(r"(\d*)([a-zA-Z])", "".join(parameters)):
+            # The number before an s is the length of one scalar.
+            scalar, times = (count + code, 1) if code == "s" else (code, int(count or 1))
+            before += "0" + code
+            for _ in range(times):
+                self.scalars.append((scalar, struct.calcsize(before)))
+                before += scalar
 
 
 @functools.cache
@@ -103,6 +122,11 @@ def launch(
         status = library().cuLaunchCooperativeKernel(*place)
     else:
         status = library().cuLaunchKernel(*place, None)
+    check(status)
+
+
+def check(status: int) -> None:
+    """Raise RuntimeError where the driver has refused to launch a kernel."""
     if status != 0:
         raise RuntimeError(f"the driver refused to launch a kernel: {_name(status)}")
 

@@ -13,7 +13,7 @@ from .plan import (
     Wanted,
     needed_sweeps,
 )
-from .tensor_map import tensor_map
+from .tensor_map import TensorMap
 
 _THREADS = 384
 """kThreads of kernels_cu/sm90/backward.cuh."""
@@ -103,7 +103,7 @@ class HopperLauncher(Launcher):
                 cooperative=True,
             )  # fmt: skip
         shape = problem.tokens, problem.dim
-        e_map = tensor_map(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, (_BOX, _BOX))
+        e_map = TensorMap(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, (_BOX, _BOX))
         lists: tuple[int, ...] = room["list"], room["item"], 0, 0
         passed: tuple[int, ...] = 0, 0
         if sweep.filtered:

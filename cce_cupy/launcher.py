@@ -1,9 +1,9 @@
-"""Plan, raw pointers and a stream to kernel launches. Allocates nothing, synchronises nothing."""
+"""Plan and raw pointers to kernel launches. Allocates nothing, synchronises nothing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -21,8 +21,9 @@ from .plan import (
     needed_sweeps,
 )
 from .problem import Problem
+from .recording import Launch
 from .signatures import layout
-from .tensor_map import tensor_map
+from .tensor_map import TensorMap, encode
 
 _BLOCK = 128
 """kBlockM and kBlockN of kernels_cu/portable/product.cuh."""
@@ -121,8 +122,57 @@ def _load(device: int, file: str, name: str, dtype: str) -> tuple[int, int, driv
     return function.kernel.ptr, shared_bytes(source, name), layout(source, name)
 
 
+class OnDevice:
+    """Within ``with``, a device is the current one.
+
+    Parameters
+    ----------
+    device : int
+    """
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+        self.runtime = import_cupy().cuda.runtime
+
+    def __enter__(self) -> None:
+        self._before = self.runtime.getDevice()
+        # Also where it is this one: a thread's first call binds the device to it.
+        self.runtime.setDevice(self.device)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._before != self.device:
+            self.runtime.setDevice(self._before)
+
+
+def launch_on(stream: int) -> Callable[[Launch], None]:
+    """Return what makes launches on a stream of the current device.
+
+    Parameters
+    ----------
+    stream : int
+        The raw handle.
+    """
+
+    def launch(given: Launch) -> None:
+        function, grid, block, shared, arranged, values, cooperative = given
+        values = tuple(encode(x) if isinstance(x, TensorMap) else x for x in values)
+        driver.launch(
+            function, grid, block, shared, stream, arranged, values, cooperative=cooperative
+        )
+
+    return launch
+
+
 class Launcher:
-    """The launches of one call on one device and stream: within ``with``, on its device.
+    """The launches of one call on one device.
+
+    Addresses may be stand-ins for those of later calls: offsets are added to them, and they are
+    compared with 0, which stands for no array. Nothing else may depend on them.
 
     Parameters
     ----------
@@ -132,8 +182,8 @@ class Launcher:
     room : mapping of str to int
         Addresses of the pieces of workspace that the plan lists, by name.
     device : int
-    stream : int
-        The raw handle.
+    take : callable
+        Is given each launch: what `launch_on` returns makes it at once.
     """
 
     def __init__(
@@ -143,11 +193,10 @@ class Launcher:
         inputs: DeviceInputs,
         room: Mapping[str, int],
         device: int,
-        stream: int,
+        take: Callable[[Launch], None],
     ) -> None:
         self.problem, self.plan, self.inputs, self.room = problem, plan, inputs, room
-        self.device, self.stream = device, stream
-        self.runtime = import_cupy().cuda.runtime
+        self.device, self.take = device, take
         e, c = inputs.e, inputs.c
         self.e, self.c = (e.pointer, e.stride, e.aligned), (c.pointer, c.stride, c.aligned)
         self.logit_options = problem.logit_scale, problem.softcap or 0.0
@@ -159,21 +208,6 @@ class Launcher:
             room["smoothing_total"] if plan.smooths else 0,
         )
 
-    def __enter__(self) -> Launcher:
-        self._before = self.runtime.getDevice()
-        # Also where it is this one: a thread's first call binds the device to it.
-        self.runtime.setDevice(self.device)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._before != self.device:
-            self.runtime.setDevice(self._before)
-
     def launch(
         self,
         file: str,
@@ -183,7 +217,7 @@ class Launcher:
         *arguments: Any,
         cooperative: bool = False,
     ) -> None:
-        """Launch a kernel; a grid without blocks is no launch."""
+        """Launch a kernel; a grid without blocks is no launch. An argument may be a `TensorMap`."""
         if 0 in grid:
             return
         key = self.device, file, name, self.problem.dtype
@@ -191,9 +225,7 @@ class Launcher:
         if loaded is None:
             loaded = _loaded[key] = _load(*key)
         function, shared, arranged = loaded
-        driver.launch(
-            function, grid, block, shared, self.stream, arranged, arguments, cooperative=cooperative
-        )
+        self.take(Launch(function, grid, block, shared, arranged, arguments, cooperative))
 
     def map_rows(self, *, unbounded: int) -> None:
         """Find the rows that count, the classes' weights, and zero what only some rows write."""
@@ -271,9 +303,9 @@ class Launcher:
         # Pairs need an even number of blocks.
         blocks = -(-cut.blocks // cluster) * cluster
         shape, box = (problem.tokens, problem.dim), (ROW_TILE, _DEPTH)
-        e_map = tensor_map(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, box)
+        e_map = TensorMap(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, box)
         shape, box = (problem.vocab, problem.dim), (TILE_COLUMNS // cluster, _DEPTH)
-        c_map = tensor_map(inputs.c.pointer, shape, inputs.c.stride, problem.dtype, box)
+        c_map = TensorMap(inputs.c.pointer, shape, inputs.c.stride, problem.dtype, box)
         self.launch(
             f"sm90/{file}", name, (blocks, 1), (_FORWARD_THREADS, 1), e_map, c_map,
             *self.e, *self.map, inputs.bias, room["smoothing"] if plan.smooths else 0, problem.dim,

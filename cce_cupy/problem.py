@@ -6,6 +6,7 @@ about, what was given and what is accepted.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import numbers
@@ -108,6 +109,14 @@ class Problem:
     filter_c_grad: bool
     check_targets: bool
     workspace_bytes: int | None
+
+    def __hash__(self) -> int:
+        """Hash once: a call looks up what was made for problems like its own."""
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
 
     @functools.cached_property
     def tokens(self) -> int:

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import NamedTuple
 
 from .driver import library
 
-_BYTES = 128  # of a CUtensorMap, which lies at a multiple of 64
+BYTES = 128
+"""Of a CUtensorMap, which lies at a multiple of 64."""
+
 _KIND = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
 _SWIZZLE_128 = 3
 _PROMOTE_256 = 3  # of L2 sectors
 _ITEM = 2
 
 
-@functools.lru_cache(maxsize=1024)
-def tensor_map(
-    pointer: int, shape: tuple[int, int], stride: int, dtype: str, box: tuple[int, int]
-) -> bytes:
-    """Describe a matrix whose boxes are copied, swizzled, to rows of 128 bytes.
+class TensorMap(NamedTuple):
+    """A matrix whose boxes are copied, swizzled, to rows of 128 bytes.
 
-    What of a box lies outside the matrix comes as zeros. Descriptions are kept: training comes
-    back to the same addresses.
+    What of a box lies outside the matrix comes as zeros.
 
-    Parameters
+    Attributes
     ----------
     pointer : int
         Device address, a multiple of 16.
@@ -35,18 +34,28 @@ def tensor_map(
         ``"float16"`` or ``"bfloat16"``.
     box : tuple of int
         Rows, at most 256, and columns, of 128 bytes.
+    """
 
-    Returns
-    -------
-    bytes
-        To be passed to a kernel by value.
+    pointer: int
+    shape: tuple[int, int]
+    stride: int
+    dtype: str
+    box: tuple[int, int]
+
+
+@functools.lru_cache(maxsize=1024)
+def encode(matrix: TensorMap) -> bytes:
+    """Return the descriptor, to be passed to a kernel by value.
+
+    Descriptors are kept: training comes back to the same addresses.
 
     Raises
     ------
     RuntimeError
         When the driver refuses.
     """
-    room = ctypes.create_string_buffer(_BYTES + 64)
+    pointer, shape, stride, dtype, box = matrix
+    room = ctypes.create_string_buffer(BYTES + 64)
     offset = -ctypes.addressof(room) % 64
     dims = (ctypes.c_uint64 * 2)(shape[1], shape[0])
     strides = (ctypes.c_uint64 * 1)(stride * _ITEM)
@@ -62,4 +71,4 @@ def tensor_map(
             f"the driver refused to describe a matrix of {shape[0]} x {shape[1]} {dtype}, rows "
             f"{stride} elements apart, at {pointer:#x}: CUDA error {status}"
         )
-    return room.raw[offset : offset + _BYTES]
+    return room.raw[offset : offset + BYTES]

@@ -415,6 +415,24 @@ def test_missing_argument(function: str) -> None:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("count", "named", "complaint"),
+    [
+        (3, ["e"], "multiple values.*'e'"),
+        (2, ["unknown"], "missing.*targets|unexpected keyword.*unknown"),
+        (0, ["e"], "missing.*'c'"),
+        (12, [], "positional"),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    function: str, count: int, named: list[str], complaint: str
+) -> None:
+    valid = list(small_call().values())[:3] + [None] * 9
+    with pytest.raises(TypeError, match=complaint):
+        FUNCTIONS[function](*valid[:count], **dict.fromkeys(named, 0))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_later_arguments_are_keyword_only(function: str) -> None:
     """Only what the reference implementation has, in its order, may be given by position."""
     reference = ["e", "c", "targets", "bias", "ignore_index", "softcap", "reduction", "shift"]

@@ -3,7 +3,7 @@
 Imports run one way,
 
     {__init__, distributed} -> api -> frameworks -> {launcher, cpu}
-        -> {compiler, tensor_map, plan} -> problem
+        -> {compiler, recording, tensor_map, plan} -> problem
 
 and each foreign framework is imported in one place only.
 """
@@ -51,11 +51,14 @@ HOUSE = {
     "plan.*": Room("problem"),
     "compiler": Room("problem signatures", foreign="cupy"),
     "cpu.*": Room("plan problem", foreign="threadpoolctl"),
-    "launcher": Room("compiler driver signatures tensor_map plan problem", foreign="cupy"),
+    "recording": Room("driver tensor_map"),
+    "launcher": Room(
+        "compiler driver recording signatures tensor_map plan problem", foreign="cupy"
+    ),
     "hopper_launcher": Room("launcher plan tensor_map"),
     "frameworks.xla_ffi": Room(),
     "frameworks.host": Room("cpu plan problem"),
-    "frameworks.gpu": Room("hopper_launcher launcher plan problem"),
+    "frameworks.gpu": Room("hopper_launcher launcher recording plan problem"),
     "frameworks.framework": Room("frameworks.host frameworks.gpu plan problem"),
     "frameworks.numpy": Room("frameworks.framework problem"),
     "frameworks.cupy": Room(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -19,7 +20,7 @@ from cce_cupy.plan import (
 )
 from cce_cupy.problem import ArraySpec, Options, Problem
 
-H100 = GpuDevice(132, (9, 0))
+H100, A100 = GpuDevice(132, (9, 0)), GpuDevice(132, (8, 0))
 
 
 def problem(tokens: int = 1024, dim: int = 64, vocab: int = 65536, dtype="float32", **options):
@@ -137,9 +138,10 @@ def test_gpu_workspace_is_kept():
                     assert plan.part_tiles > 0
 
 
-def test_gpu_backward_of_usual_sizes_is_one_sweep_in_wide_ranges():
+def test_portable_backward_of_usual_sizes_is_one_sweep_in_wide_ranges():
     for dim, vocab in ((2304, 256000), (4096, 131072), (640, 262144)):
-        plan = make_gpu_plan(problem(8192, dim, vocab, "bfloat16", workspace_bytes=2**28), H100)
+        plan = make_gpu_plan(problem(8192, dim, vocab, "bfloat16", workspace_bytes=2**28), A100)
+        assert plan.hopper_backward is None
         assert plan.part_tiles == plan.tiles == 64
         assert plan.range_columns >= 1024
         assert len(plan.sweeps) == 1
@@ -255,3 +257,112 @@ def test_sources_for_hopper_are_compiled_where_the_plan_chooses_them():
             plan = make_gpu_plan(problem(1024, 64, 5000, dtype), GpuDevice(132, capability))
             assert serves("sm90/forward.cu", dtype, capability) == (plan.tier == "sm90")
             assert serves("portable/forward.cu", dtype, capability)
+
+
+def apart_from_tokens(plan):
+    """Bytes of the backward's workspace besides those of each token, of totals and of counters."""
+    names = ("factor_softmax", "factor_onehot", "factor_smoothing", "counters")
+    totals = ("classifier_total", "embedding_total", "smoothing_classifier", "smoothing_embedding")
+    return sum(n for name, n in plan.backward.items() if name not in names + totals)
+
+
+def check_hopper_backward(plan, tokens, vocab):
+    """Check that all of a cut lies within its pieces, and that its passes cover the rows once."""
+    cut, room = plan.hopper_backward, plan.backward
+    assert (plan.part_tiles, plan.range_columns) == (0, 0)
+    assert cut.room.items() <= room.items()
+    assert plan.tiles == -(-tokens // ROW_TILE)
+    assert cut.natural_blocks == -(-vocab // 128)
+    assert cut.order_blocks >= cut.natural_blocks
+    assert 32 * cut.tile_words >= plan.tiles
+    assert 0 < cut.pairs <= cut.pairs_in_one
+    assert 0 < cut.low_offset <= room["records"]
+    assert 2 * ROW_TILE * cut.pairs <= cut.low_offset
+    assert list(cut.counters) == sorted(set(cut.counters))
+    assert cut.counters[0] == 0
+    assert all(start % 8 == 0 for start in cut.counters)
+    if plan.gradient_filter is not None:
+        assert list(cut.scratch) == sorted(set(cut.scratch))
+        assert cut.scratch[0] == 0
+        assert cut.scratch[-1] + 4 * cut.order_blocks <= room["records"]
+    launches = 0
+    for sweep in plan.sweeps:
+        passes = list(cut.passes(plan.tiles, alone=not sweep.c, filtered=sweep.filtered))
+        rows = [tile for part in passes for tile in range(part.first_tile, sum(part[:2]))]
+        assert rows == list(range(plan.tiles))
+        assert len(passes) == (1 if sweep.c else -(-plan.tiles // cut.row_tiles))
+        assert all((part.chunk_blocks == 0) == sweep.filtered for part in passes)
+        launches += len(passes)
+    assert plan.parts == launches
+    assert len(plan.sweeps) == (1 if cut.together else 2)
+    # A wanted gradient alone takes no more passes than there are counters for.
+    most = max(launches, -(-plan.tiles // cut.row_tiles))
+    assert room["counters"] >= 8 + most * cut.counters[-1]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("dim", "vocab"), [(640, 262144), (2304, 256000)])
+@pytest.mark.parametrize("given", [None, 2**28])
+def test_hopper_backward_of_usual_sizes_is_one_pass(dim, vocab, given, dtype):
+    plan = make_gpu_plan(problem(8192, dim, vocab, dtype, workspace_bytes=given), H100)
+    assert plan.hopper_backward.together
+    assert plan.parts == 1
+    assert apart_from_tokens(plan) <= (given or 2**27) + 2**20
+    check_hopper_backward(plan, 8192, vocab)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_filter": None}, {"filter_e_grad": False}, {"label_smoothing": 0.1}]
+)
+def test_hopper_backward_keeps_its_workspace(options):
+    seen = set()
+    for tokens in (1, 300, 8192, 131072, 131073):
+        for dim in (8, 640, 4096):
+            for vocab in (1, 500, 49152, 262144):
+                for given in (2**20, 2**22, 2**25, None, 2**28):
+                    asked = problem(
+                        tokens, dim, vocab, "bfloat16", workspace_bytes=given, **options
+                    )
+                    try:
+                        plan = make_gpu_plan(asked, H100)
+                    except ValueError:
+                        continue
+                    assert plan.tier == "sm90"
+                    cut = plan.hopper_backward
+                    if cut is None:
+                        assert plan.range_columns > 0
+                        assert plan.part_tiles > 0
+                        seen.add(None)
+                        continue
+                    assert sum(cut.room.values()) <= (given or 2**27), asked
+                    assert apart_from_tokens(plan) <= (given or 2**27) + 2**12, asked
+                    check_hopper_backward(plan, tokens, vocab)
+                    seen.add(cut.row_tiles < plan.tiles)
+    assert seen == {None, False, True}
+
+
+def test_backward_is_portable_where_hopper_has_no_room_for_it():
+    def plan(tokens, dtype, device=H100, **options):
+        found = make_gpu_plan(problem(tokens, 640, 262144, dtype, **options), device)
+        if found.hopper_backward is None:
+            assert found.range_columns > 0
+            assert found.part_tiles > 0
+            assert found.parts > 1
+        return found
+
+    for dtype in HALF:
+        for tokens, vocab in itertools.product((1, 128, 300), (1, 256, 5000)):
+            least = make_gpu_plan(problem(tokens, 64, vocab, dtype), H100)
+            assert least.hopper_backward is not None
+            check_hopper_backward(least, tokens, vocab)
+        small = plan(8192, dtype, workspace_bytes=2**22)
+        assert (small.tier, small.hopper_backward) == ("sm90", None)
+        # What sorts the columns of one row tile does not fit, though their records would.
+        assert plan(128, dtype, workspace_bytes=2**22).hopper_backward is None
+        most = 1024 * ROW_TILE
+        assert plan(most, dtype, workspace_bytes=2**29).hopper_backward is not None
+        assert plan(most + 1, dtype, workspace_bytes=2**29).hopper_backward is None
+        assert plan(8192, dtype, device=A100).hopper_backward is None
+    for dtype in ("float32", "float64"):
+        for given in (None, 2**30):
+            assert plan(8192, dtype, workspace_bytes=given).hopper_backward is None

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from cce_cupy import tensor_map as module
-from cce_cupy.tensor_map import tensor_map
+from cce_cupy.tensor_map import TensorMap, encode
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def encoded(monkeypatch):
     """Let a stub encode; return what it was given, and where to put the status it returns."""
     seen = SimpleNamespace(status=0)
 
-    def encode(out, kind, rank, pointer, dims, strides, box, steps, *rest):
+    def stub(out, kind, rank, pointer, dims, strides, box, steps, *rest):
         seen.out, seen.kind, seen.pointer = out.value, kind, pointer.value
         seen.dims, seen.strides = list(dims), list(strides)
         seen.box, seen.steps, seen.rest = list(box), list(steps), rest
@@ -22,15 +22,15 @@ def encoded(monkeypatch):
         ctypes.memset(out.value, 0xA5, 128)
         return seen.status
 
-    driver = SimpleNamespace(cuTensorMapEncodeTiled=encode)
+    driver = SimpleNamespace(cuTensorMapEncodeTiled=stub)
     monkeypatch.setattr(module, "library", lambda: driver)
-    tensor_map.cache_clear()
+    encode.cache_clear()
     return seen
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("float16", 6), ("bfloat16", 9)])
 def test_matrix_is_described_inner_axis_first(encoded, dtype, kind):
-    found = tensor_map(0x7F0000000010, (1000, 72), 80, dtype, (128, 64))
+    found = encode(TensorMap(0x7F0000000010, (1000, 72), 80, dtype, (128, 64)))
     assert encoded.kind == kind
     assert encoded.pointer == 0x7F0000000010
     assert encoded.dims == [72, 1000]
@@ -45,4 +45,4 @@ def test_matrix_is_described_inner_axis_first(encoded, dtype, kind):
 def test_refusal_says_of_what(encoded):
     encoded.status = 1
     with pytest.raises(RuntimeError, match=r"8 x 16 float16, rows 24 elements apart.*error 1"):
-        tensor_map(16, (8, 16), 24, "float16", (8, 8))
+        encode(TensorMap(16, (8, 16), 24, "float16", (8, 8)))

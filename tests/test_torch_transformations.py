@@ -236,3 +236,52 @@ def test_autograd_is_the_pullback(case, wanted, gradient_filter, eps):
         torch.testing.assert_close(
             torch.autograd.grad(found, leaves, upstream), expected, equal_nan=True
         )
+
+
+def test_batches_of_gradients():
+    """Torch differentiates for each of a batch in turn, out of functorch's sight."""
+    subject = Subject("linear_cross_entropy", reduction="none")
+    leaves = subject.leaves()
+    loss = subject(*leaves)
+    upstream = torch.rand(3, *loss.shape, dtype=loss.dtype)
+    found = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    for k, one in enumerate(upstream):
+        expected = torch.autograd.grad(loss, leaves, one, retain_graph=True)
+        assert all(torch.equal(a[k], b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_a_negated_view_is_read_negated(learn):
+    subject = Subject("linear_cross_entropy")
+    e, c, bias = subject.values
+    expected, gradients = subject.expected()
+    leaf = (-e).requires_grad_(learn)
+    loss = subject(torch._neg_view(leaf), c, bias)
+    assert torch.equal(loss, expected)
+    if learn:
+        assert torch.equal(torch.autograd.grad(loss, leaf)[0], -gradients[0])
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_a_mode_of_dispatch_sees_the_operators(learn):
+    """Counters of operations and selective checkpointing look at operators."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    subject = Subject("linear_cross_entropy")
+    leaves = subject.leaves() if learn else subject.values
+    with Seen() as seen:
+        loss = subject(*leaves)
+        if learn:
+            loss.backward()
+    ours = [name for name in seen.names if name.startswith("cce_cupy::")]
+    names = ["cce_cupy::linear_cross_entropy", "cce_cupy::linear_cross_entropy_backward"]
+    assert ours == names[: 1 + learn]

@@ -16,7 +16,7 @@ from cce_cupy.frameworks.xla_ffi import Buffer
 from cce_cupy.plan import GpuDevice, make_gpu_plan, needed_sweeps
 from cce_cupy.problem import ArraySpec, Options, Problem
 
-H100 = GpuDevice(132, (9, 0))
+H100, A100 = GpuDevice(132, (9, 0)), GpuDevice(108, (8, 0))
 SPECS = {
     "e": ArraySpec((2, 300, 64), "bfloat16"),
     "c": ArraySpec((5000, 64), "bfloat16"),
@@ -31,6 +31,7 @@ class Device:
 
     def __init__(self):
         self.buffers, self.arrays, self.launches = {}, [], []
+        self.hardware = H100
         runtime = types.SimpleNamespace(
             memsetAsync=self.set,
             pointerGetAttributes=lambda pointer: types.SimpleNamespace(device=3),
@@ -66,19 +67,21 @@ def device(monkeypatch):
             assert (device, stream) == (3, 77)
             self.plan, self.inputs, self.room = plan, inputs, room
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
         def __getattr__(self, name):
             return lambda *args, **options: made.launches.append((name, self, args, options))
 
+    class HopperRecorder(Recorder):
+        pass
+
     monkeypatch.setattr(xla_cuda, "import_cupy", lambda: made.cupy)
-    monkeypatch.setattr(xla_cuda, "hardware_of", lambda device: H100)
+    monkeypatch.setattr(xla_cuda, "hardware_of", lambda device: made.hardware)
     monkeypatch.setattr(xla_cuda, "_load", lambda device, dtype: None)
     monkeypatch.setattr(gpu, "Launcher", Recorder)
+    monkeypatch.setattr(gpu, "HopperLauncher", HopperRecorder)
+    monkeypatch.setattr(gpu, "OnDevice", contextlib.nullcontext)
+    monkeypatch.setattr(gpu, "launch_on", lambda stream: stream)
+    # Recorded launches have no addresses yet; tests/test_recording.py follows those.
+    monkeypatch.setattr(gpu.GpuCall, "_replay", gpu.GpuCall._launch)
     return made
 
 
@@ -151,7 +154,9 @@ def test_forward(device, outputs):
     ],
 )
 @pytest.mark.parametrize("lse", [False, True])
-def test_backward(device, wanted, sweeps, lse):
+@pytest.mark.parametrize("hardware", [H100, A100])
+def test_backward(device, wanted, sweeps, lse, hardware):
+    device.hardware = hardware
     asked = problem()
     arguments = inputs(device)
     arguments.append(device.buffer("saved", (xla_call.saved_bytes(asked),), "uint8"))
@@ -174,7 +179,15 @@ def test_backward(device, wanted, sweeps, lse):
     assert device.holding(step["dloss"]) == "dloss"
     assert bool(step["dlse"]) == lse
     assert device.holding(launcher.room["bits"]) == "saved"
-    assert device.holding(launcher.room["dz"]) == "workspace"
+    plan = make_gpu_plan(asked, hardware)
+    assert launcher.plan == plan
+    assert (plan.hopper_backward is not None) == (hardware is H100)
+    assert (type(launcher).__name__ == "HopperRecorder") == (hardware is H100)
+    assert ("records" if hardware is H100 else "dz") in plan.backward
+    for name, bytes_ in plan.backward.items():
+        if bytes_:
+            assert device.holding(launcher.room[name]) == "workspace"
+            assert device.holding(launcher.room[name] + bytes_ - 1) == "workspace"
     if "e" in wanted:
         assert not device.buffers["de"].on_host().any()
 

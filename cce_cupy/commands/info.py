@@ -271,9 +271,9 @@ def _tiers(driver: Driver | None) -> Table:
         title="Tier by dtype",
         title_justify="left",
         caption=f"At N = {EXAMPLE['tokens']:,}, D = {EXAMPLE['dim']:,}, "
-        f"V = {EXAMPLE['vocab']:,}, default options. sm90 is the forward on "
-        "compute capability 9.0, where rows of e and c start at multiples of 16 bytes; its "
-        "backward, and all else, is portable.",
+        f"V = {EXAMPLE['vocab']:,}, default options. sm90 is the kernels for "
+        "compute capability 9.0, where rows of e and c start at multiples of 16 bytes; the "
+        "backward is portable where the workspace is too small for theirs.",
         caption_justify="left",
     )
     for heading in ("dtype", "CPU", "GPU", "gradient filter", "workspace, CPU"):

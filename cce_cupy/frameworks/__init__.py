@@ -31,7 +31,9 @@ def select(arrays: Mapping[str, Any]) -> Framework:
     chosen: Framework | None = None
     first = ""
     for name, array in arrays.items():
-        framework = _framework_of(name, array)
+        framework = _of_type.get(type(array)) or _framework_of(name, array)
+        if framework is chosen:
+            continue
         if chosen is None:
             chosen, first = framework, name
         elif framework.name != chosen.name:
@@ -48,13 +50,11 @@ _of_type: dict[type, Framework] = {}
 
 
 def _framework_of(name: str, array: Any) -> Framework:
-    kind = type(array)
-    if kind not in _of_type:
-        found = _named_framework(array)
-        if found is None:
-            return _dlpack_framework(name, array)
-        _of_type[kind] = found
-    return _of_type[kind]
+    found = _named_framework(array)
+    if found is None:
+        return _dlpack_framework(name, array)
+    _of_type[type(array)] = found
+    return found
 
 
 def _named_framework(array: Any) -> Framework | None:

@@ -12,7 +12,6 @@ from ..compiler import import_cupy
 from ..plan import GpuDevice
 from ..problem import ArraySpec
 from .framework import Framework
-from .gpu import DeviceView
 
 
 class CupyFramework(Framework):
@@ -53,10 +52,9 @@ class CupyMemory:
         with self._cupy.cuda.Device(device):
             self.stream: int = self._cupy.cuda.get_current_stream().ptr
 
-    def view(self, array: Any) -> DeviceView:
-        """Return how an array lies."""
-        strides = tuple(stride // array.itemsize for stride in array.strides)
-        return DeviceView(array.shape, strides)
+    def strides(self, array: Any) -> tuple[int, ...]:
+        """Return how far apart an array's elements lie along each axis, in elements."""
+        return tuple(stride // array.itemsize for stride in array.strides)
 
     def address(self, array: Any) -> int:
         """Return where an array lies."""

@@ -98,14 +98,16 @@ class Framework:
 
     def problem(self, arrays: Mapping[str, Any], options: Options) -> Problem:
         """Check the arguments of a call, or find them checked."""
-        specs = tuple((name, self.describe(name, array)) for name, array in arrays.items())
-        given = specs, *options
+        specs = tuple([(name, self.describe(name, array)) for name, array in arrays.items()])
         try:
-            hash(given)
+            return _checked(specs, *options)
         except TypeError:
-            # Sizes that are symbolic, or an option of a kind that no cache can hold.
-            return _check(*given)
-        return _checked(*given)
+            try:
+                hash((specs, options))
+            except TypeError:
+                # Sizes that are symbolic, or an option of a kind that no cache can hold.
+                return _check(specs, *options)
+            raise
 
     def plan(self, problem: Problem) -> Plan | None:
         """Plan a call on the host; that on a GPU depends on the device."""
@@ -190,7 +192,7 @@ class Framework:
         like = arrays["e"]
         memory = self.device_memory(like)
         views = {name: self.device_view(array) for name, array in arrays.items()}
-        loss, lse, call = gpu.evaluate(memory, problem, views, differentiate=differentiate)
+        loss, lse, _, call = gpu.evaluate(memory, problem, views, differentiate=differentiate)
         if self.waits_on_device:
             memory.wait()
         by_token = problem.batch_shape if problem.reduction == "none" else ()

@@ -5,13 +5,15 @@ The framework of the caller allocates everything, outputs and workspace alike, o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ..hopper_launcher import HopperLauncher
-from ..launcher import DeviceInputs, DeviceMatrix, Launcher
+from ..launcher import DeviceInputs, DeviceMatrix, Launcher, OnDevice, launch_on
 from ..plan import EVERY_GRADIENT, ITEMSIZE, GpuDevice, GpuPlan, Room, Wanted, make_gpu_plan
 from ..problem import INTEGER_DTYPES, Problem
+from ..recording import Launch, Recording, stand_in
 
 _INTEGERS = {
     name: (int(name.removeprefix("u").removeprefix("int")) // 8, not name.startswith("u"))
@@ -19,12 +21,15 @@ _INTEGERS = {
 }
 """Bytes of each dtype of targets, and whether it is signed."""
 
+_INPUTS = 6
+"""Arrays that a call may be given."""
 
-class DeviceView(NamedTuple):
-    """How an array lies: its shape, and its strides in elements."""
+_WIDEST = 32
+"""Bytes of the widest access of a kernel: four elements of float64."""
 
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+MOST_PARTS = 16
+"""Of a backward whose launches are kept: those of more parts would take much memory, and the
+device is busy for longer than the host needs to form them."""
 
 
 class DeviceMemory(Protocol):
@@ -32,9 +37,10 @@ class DeviceMemory(Protocol):
 
     device: int
     stream: int
+    """The raw handle of the current one."""
 
-    def view(self, array: Any) -> DeviceView:
-        """Return how an array lies."""
+    def strides(self, array: Any) -> tuple[int, ...]:
+        """Return how far apart an array's elements lie along each axis, in elements."""
 
     def address(self, array: Any) -> int:
         """Return where an array lies."""
@@ -59,10 +65,14 @@ class DeviceMemory(Protocol):
 
 
 class GpuEvaluation(NamedTuple):
-    """A loss that has been computed, and its lse where it was asked for."""
+    """A loss that has been computed.
+
+    lse, and saved, what a pullback needs, are None where they were not asked for.
+    """
 
     loss: Any
     lse: Any
+    saved: Any
     call: GpuCall
 
 
@@ -78,7 +88,8 @@ def evaluate(
     if problem.return_lse:
         outputs["lse"] = memory.full(problem.batch_shape, sums, 0)
     call.run_forward(keep_columns=differentiate, outputs=outputs)
-    return GpuEvaluation(loss, outputs.get("lse"), call)
+    saved = None if call.saved is None else call.saved.words
+    return GpuEvaluation(loss, outputs.get("lse"), saved, call)
 
 
 def statistics(
@@ -113,8 +124,12 @@ class _Space:
                 f"workspace_bytes needs less: {error}"
             ) from error
         self.words = words
-        base = memory.address(words)
-        self.addresses = {name: base + offset for name, offset in self.offsets.items()}
+        self.address = memory.address(words)
+
+    @functools.cached_property
+    def addresses(self) -> dict[str, int]:
+        """Where each piece lies."""
+        return {name: self.address + offset for name, offset in self.offsets.items()}
 
 
 class GpuCall:
@@ -138,25 +153,44 @@ class GpuCall:
         saved: Any | None = None,
     ) -> None:
         self.memory, self.problem = memory, problem
-        self.held: list[Any] = []
-        self.inputs = self._inputs(arrays)
-        aligned = self.inputs.e.in_words and self.inputs.c.in_words
-        self.plan: GpuPlan = make_gpu_plan(problem, memory.hardware(), aligned=aligned)
-        self.saved = _Space(memory, self.plan.saved, saved)
+        sums, targets = problem.accumulator, memory.contiguous(arrays["targets"])
+        e, e_rows = self._matrix(arrays["e"])
+        c, c_rows = self._matrix(arrays["c"])
+        # The pullback refers to them too.
+        self.held = [e, c, targets]
+        self.addresses: tuple[int, ...] = tuple(map(memory.address, self.held))
+        for name, dtype in (("bias", None), ("class_weight", sums), ("token_weight", sums)):
+            if name in arrays:
+                self.held.append(memory.contiguous(arrays[name], dtype))
+                self.addresses += (memory.address(self.held[-1]),)
+            else:
+                self.addresses += (0,)
+        self.alike = _alike(
+            problem, memory.hardware(), memory.device, e_rows, c_rows, arrays["targets"].dtype
+        )
+        self.plan = self.alike.plan
+        self.saved = None if saved is None else _Space(memory, self.plan.saved, saved)
 
     def run_forward(self, *, keep_columns: bool, outputs: Mapping[str, Any]) -> None:
-        """Compute the outputs: arrays by the names that `Launcher.finish` gives them."""
-        filtered = keep_columns and self.plan.gradient_filter is not None
-        statistics = "argmax" in outputs
-        room = _Space(self.memory, self.plan.statistics if statistics else self.plan.forward)
-        addresses = {name: self.memory.address(array) for name, array in outputs.items()}
-        saved = self.saved.addresses
-        with self._launcher(self.memory, room) as launcher:
-            launcher.map_rows(unbounded=saved["unbounded"])
-            if self.problem.check_targets:
-                self._check_targets()
-            launcher.forward(bits=saved["bits"] if filtered else 0, statistics=statistics)
-            launcher.finish(**addresses, unbounded=saved["unbounded"])
+        """Compute the outputs: arrays by the names that `Launcher.finish` gives them.
+
+        With `keep_columns` a pullback may follow.
+        """
+        memory, plan = self.memory, self.plan
+        addresses = {name: memory.address(array) for name, array in outputs.items()}
+        if keep_columns:
+            self.saved = _Space(memory, plan.saved)
+            spaces = {"saved": self.saved, "forward": _Space(memory, plan.forward)}
+        elif "argmax" in outputs:
+            spaces = {"statistics_alone": _Space(memory, plan.statistics_alone)}
+        else:
+            spaces = {"forward_alone": _Space(memory, plan.forward_alone)}
+        if self.problem.check_targets:
+            # The host waits within the forward anyway.
+            check = functools.partial(self._check_targets, next(iter(spaces.values())))
+            self._launch(memory, _form_forward, (keep_columns, check), spaces, addresses)
+        else:
+            self._replay(memory, _form_forward, (keep_columns,), spaces, addresses)
 
     def pullback(
         self,
@@ -169,8 +203,9 @@ class GpuCall:
 
         The stream is that of `memory`, the current one of now: the forward's may be another.
         """
-        problem = self.problem
-        room = _Space(memory, self.plan.backward)
+        problem, plan = self.problem, self.plan
+        assert self.saved is not None
+        spaces = {"saved": self.saved, "backward": _Space(memory, plan.backward)}
         if memory.stream != self.memory.stream:
             for array in (*self.held, self.saved.words):
                 memory.outlives(array)
@@ -178,7 +213,6 @@ class GpuCall:
             None if given is None else memory.contiguous(given, problem.accumulator)
             for given in (dloss, dlse)
         ]
-        dloss_at, dlse_at = (0 if a is None else memory.address(a) for a in kept)
         wanted = wanted._replace(bias=wanted.bias and problem.has_bias)
         de = dc = dbias = None
         if wanted.e:  # rows that no token maps to are zero
@@ -187,30 +221,50 @@ class GpuCall:
             dc = memory.full((problem.vocab, problem.dim), problem.dtype, None)
         if wanted.bias:
             dbias = memory.full((problem.vocab,), problem.dtype, None)
-        saved = self.saved.addresses
-        with self._launcher(memory, room) as launcher:
-            launcher.fill_words(room.addresses["passed"], 8)
-            launcher.backward(
-                dloss=dloss_at,
-                dlse=dlse_at,
-                bits=saved["bits"],
-                unbounded=saved["unbounded"],
-                de=0 if de is None else memory.address(de),
-                dc=0 if dc is None else memory.address(dc),
-                dbias=0 if dbias is None else memory.address(dbias),
-                passed=room.addresses["passed"],
-                wanted=wanted,
-            )
+        named = zip(("dloss", "dlse", "de", "dc", "dbias"), (*kept, de, dc, dbias), strict=True)
+        addresses = {name: 0 if x is None else memory.address(x) for name, x in named}
+        run = self._replay if plan.parts <= MOST_PARTS else self._launch
+        run(memory, _form_backward, (wanted,), spaces, addresses)
         return de, dc, dbias
 
-    def _launcher(self, memory: DeviceMemory, room: _Space) -> Launcher:
-        addresses = self.saved.addresses | room.addresses
-        kind = Launcher if self.plan.hopper_backward is None else HopperLauncher
-        return kind(self.problem, self.plan, self.inputs, addresses, memory.device, memory.stream)
+    def _launch(
+        self,
+        memory: DeviceMemory,
+        form: Callable[..., None],
+        options: tuple[Any, ...],
+        spaces: Mapping[str, _Space],
+        addresses: Mapping[str, int],
+    ) -> None:
+        """Make the launches that `form` forms with a launcher, addresses and options."""
+        room: dict[str, int] = {}
+        for space in spaces.values():
+            room |= space.addresses
+        with OnDevice(memory.device):
+            launcher = self.alike.launcher(self.addresses, room, launch_on(memory.stream))
+            form(launcher, addresses, *options)
 
-    def _check_targets(self) -> None:
-        offset = self.saved.offsets["first_wrong"] // 8
-        wrong = self.memory.read_integer(self.saved.words, offset)
+    def _replay(
+        self,
+        memory: DeviceMemory,
+        form: Callable[..., None],
+        options: tuple[Any, ...],
+        spaces: Mapping[str, _Space],
+        addresses: Mapping[str, int],
+    ) -> None:
+        """Make the same launches as were recorded for calls like this one."""
+        starts = [space.address for space in spaces.values()]
+        everything = (*self.addresses, *starts, *addresses.values())
+        with OnDevice(memory.device):
+            recording = self.alike.recording(
+                form, options, tuple(spaces), tuple(addresses), tuple(map(bool, everything))
+            )
+            if recording is not None:
+                recording.replay(everything, memory.stream)
+                return
+        self._launch(memory, form, options, spaces, addresses)
+
+    def _check_targets(self, space: _Space) -> None:
+        wrong = self.memory.read_integer(space.words, space.offsets["first_wrong"] // 8)
         if wrong < self.problem.tokens:
             raise ValueError(
                 f"targets must lie in [0, {self.problem.vocab}) or equal "
@@ -218,49 +272,150 @@ class GpuCall:
                 f"{wrong} of the flattened targets"
             )
 
-    def _inputs(self, arrays: Mapping[str, Any]) -> DeviceInputs:
-        sums = self.problem.accumulator
-        targets = arrays["targets"]
-        size, signed = _INTEGERS[str(targets.dtype).removeprefix("torch.")]
-        return DeviceInputs(
-            e=self._matrix(arrays["e"]),
-            c=self._matrix(arrays["c"]),
-            targets=self._keep(self.memory.contiguous(targets)),
-            target_bytes=size,
-            target_signed=signed,
-            bias=self._vector(arrays, "bias", None),
-            class_weight=self._vector(arrays, "class_weight", sums),
-            token_weight=self._vector(arrays, "token_weight", sums),
+    def _matrix(self, array: Any) -> tuple[Any, _Rows]:
+        """Return a matrix whose rows are at one distance, the array itself where they are."""
+        memory, dtype = self.memory, self.problem.dtype
+        rows = _rows(array.shape, memory.strides(array), dtype, memory.address(array) % _WIDEST)
+        if rows is None:
+            array = memory.contiguous(array)
+            rows = _rows(array.shape, memory.strides(array), dtype, memory.address(array) % _WIDEST)
+            assert rows is not None
+        return array, rows
+
+
+def _form_forward(
+    launcher: Launcher,
+    at: Mapping[str, int],
+    keep_columns: bool,
+    check_targets: Callable[[], None] | None = None,
+) -> None:
+    room = launcher.room
+    launcher.map_rows(unbounded=room["unbounded"])
+    if check_targets is not None:
+        check_targets()
+    filtered = keep_columns and launcher.plan.gradient_filter is not None
+    launcher.forward(bits=room["bits"] if filtered else 0, statistics="argmax" in at)
+    launcher.finish(**at, unbounded=room["unbounded"])
+
+
+def _form_backward(launcher: Launcher, at: Mapping[str, int], wanted: Wanted) -> None:
+    room = launcher.room
+    launcher.fill_words(room["passed"], 8)
+    launcher.backward(
+        **at,
+        bits=room["bits"],
+        unbounded=room["unbounded"],
+        passed=room["passed"],
+        wanted=wanted,
+    )
+
+
+class _Rows(NamedTuple):
+    """The fields of `DeviceMatrix` behind its pointer."""
+
+    stride: int
+    aligned: bool
+    in_words: bool
+
+
+class _Alike:
+    """What calls share that differ in their addresses alone."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        hardware: GpuDevice,
+        device: int,
+        e: _Rows,
+        c: _Rows,
+        targets_dtype: Any,
+    ) -> None:
+        self.problem, self.device, self.e, self.c = problem, device, e, c
+        self.targets = _INTEGERS[str(targets_dtype).removeprefix("torch.")]
+        self.plan: GpuPlan = make_gpu_plan(problem, hardware, aligned=e.in_words and c.in_words)
+        self._recordings: dict[Any, Recording | None] = {}
+
+    def launcher(
+        self, inputs: Sequence[int], room: Mapping[str, int], take: Callable[[Launch], None]
+    ) -> Launcher:
+        """Return what forms launches for addresses of the array arguments, in their order."""
+        e, c, targets, *optional = inputs
+        given = DeviceInputs(
+            DeviceMatrix(e, *self.e), DeviceMatrix(c, *self.c), targets, *self.targets, *optional
         )
+        kind = Launcher if self.plan.hopper_backward is None else HopperLauncher
+        return kind(self.problem, self.plan, given, room, self.device, take)
 
-    def _vector(self, arrays: Mapping[str, Any], name: str, dtype: str | None) -> int:
-        if name not in arrays:
-            return 0
-        return self._keep(self.memory.contiguous(arrays[name], dtype))
+    def recording(
+        self,
+        form: Callable[..., None],
+        options: tuple[Any, ...],
+        rooms: tuple[str, ...],
+        names: tuple[str, ...],
+        present: tuple[bool, ...],
+    ) -> Recording | None:
+        """Return launches as they were formed once; None at the first request for them.
 
-    def _keep(self, array: Any) -> int:
-        # The pullback refers to it too.
-        self.held.append(array)
-        return self.memory.address(array)
+        To record takes longer than to launch, and of batches of ever new lengths few come again.
 
-    def _matrix(self, array: Any) -> DeviceMatrix:
-        stride = _row_stride(self.memory.view(array))
-        if stride is None:
-            array, stride = self.memory.contiguous(array), self.problem.dim
-        pointer, size = self._keep(array), ITEMSIZE[self.problem.dtype]
-        aligned = pointer % (4 * size) == 0 and stride % 4 == 0 and self.problem.dim % 4 == 0
-        in_words = pointer % 16 == 0 and stride * size % 16 == 0 and stride >= self.problem.dim
-        return DeviceMatrix(pointer, stride, aligned, in_words)
+        Parameters
+        ----------
+        form : callable
+            What forms them, with a launcher, addresses by name, and options.
+        options : tuple
+        rooms : tuple of str
+            The plan's rooms that there is an allocation for.
+        names : tuple of str
+            Of the other addresses.
+        present : tuple of bool
+            Which addresses are not 0: of the array arguments, of the allocations, and of `names`.
+        """
+        key = form, options, rooms, names, present
+        if key not in self._recordings:
+            self._recordings[key] = None
+            return None
+        found = self._recordings[key]
+        if found is None:
+            stand_ins = [stand_in(k) if there else 0 for k, there in enumerate(present)]
+            inputs, rest = stand_ins[:_INPUTS], stand_ins[_INPUTS:]
+            room: dict[str, int] = {}
+            for name, start in zip(rooms, rest, strict=False):
+                offsets = getattr(self.plan, name).offsets
+                room |= {piece: start + offset for piece, offset in offsets.items()}
+            launches: list[Launch] = []
+            launcher = self.launcher(inputs, room, launches.append)
+            form(launcher, dict(zip(names, rest[len(rooms) :], strict=True)), *options)
+            found = self._recordings[key] = Recording(launches)
+        return found
 
 
-def _row_stride(view: DeviceView) -> int | None:
+_alike = functools.lru_cache(maxsize=256)(_Alike)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, beyond: int
+) -> _Rows | None:
+    """Return how rows lie that start `beyond` a multiple of `_WIDEST` bytes.
+
+    None where they are not at one distance.
+    """
+    dim, size, stride = shape[-1], ITEMSIZE[dtype], _row_stride(shape, strides)
+    if stride is None:
+        return None
+    aligned = beyond % (4 * size) == 0 and stride % 4 == 0 and dim % 4 == 0
+    in_words = beyond % 16 == 0 and stride * size % 16 == 0 and stride >= dim
+    return _Rows(stride, aligned, in_words)
+
+
+def _row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """Return the one distance between the rows of an array (..., D), None where there is none."""
-    *shape, dim = view.shape
-    *strides, inner = view.strides
+    *shape_of_rows, dim = shape
+    *outer, inner = strides
     if inner != 1 and dim > 1:
         return None
     distance, step = None, None
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+    for size, stride in zip(reversed(shape_of_rows), reversed(outer), strict=True):
         if size == 1:
             continue
         if distance is None:

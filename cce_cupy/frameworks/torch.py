@@ -12,7 +12,6 @@ import torch
 from ..plan import GpuDevice
 from ..problem import ArraySpec
 from .framework import Array, Framework
-from .gpu import DeviceView
 
 
 class TorchFramework(Framework):
@@ -37,7 +36,10 @@ class TorchFramework(Framework):
             )
         if array.layout is not torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {array.layout}")
-        return ArraySpec(tuple(array.shape), _name(array.dtype), _place(array.device))
+        try:
+            return _spec(array.shape, array.dtype, array.device)
+        except TypeError:  # sizes that are symbolic: no cache can hold them
+            return _spec.__wrapped__(array.shape, array.dtype, array.device)
 
     def to_host(self, array: Any) -> Array:
         """Return a view of the tensor's memory."""
@@ -65,14 +67,9 @@ class TorchFramework(Framework):
         return TorchMemory(like.device)
 
 
-@functools.cache
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@functools.cache
-def _place(device: torch.device) -> str:
-    return str(device)
+@functools.lru_cache(maxsize=1024)
+def _spec(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> ArraySpec:
+    return ArraySpec(tuple(shape), str(dtype).removeprefix("torch."), str(device))
 
 
 @functools.cache
@@ -87,11 +84,12 @@ class TorchMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.device: int = device.index
-        self.stream: int = torch.cuda.current_stream(device).cuda_stream
+        # What torch.cuda.current_stream asks too, before it makes an object of it.
+        self.stream: int = torch._C._cuda_getCurrentRawStream(device.index)
 
-    def view(self, array: Any) -> DeviceView:
-        """Return how a tensor lies."""
-        return DeviceView(array.shape, array.stride())
+    def strides(self, array: Any) -> tuple[int, ...]:
+        """Return how far apart a tensor's elements lie along each axis."""
+        return array.stride()  # type: ignore[no-any-return]
 
     def address(self, array: Any) -> int:
         """Return where a tensor lies."""

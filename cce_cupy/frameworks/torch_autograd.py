@@ -6,19 +6,18 @@ the other, lse and the kept-column bits, is one tensor of 64-bit words whose siz
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
-from ..plan import Wanted, saved_words
+from ..plan import Plan, Wanted, saved_words
 from ..problem import Options, Problem, read_filter_eps
 from . import gpu
 from .framework import Evaluation
 from .host import Arrays, HostCall
-from .torch import TorchFramework, TorchMemory
+from .torch import TorchFramework
 
 _TENSORS = ("e", "c", "targets", "bias", "class_weight", "token_weight")
 _TENSORS_SCHEMA = (
@@ -34,13 +33,19 @@ _OPTIONS_SCHEMA = (
 
 _INTEGER_LIMIT = 2**63
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_STANDS_FOR_OTHERS = 0
+"""The bits of dispatch keys by which torch has a tensor's data computed from other data. Batched is
+what `torch.autograd.grad` makes of a batch of gradients, out of functorch's sight."""
+
+for _key in ("Negative", "ZeroTensor", "Batched"):
+    _STANDS_FOR_OTHERS |= torch._C.DispatchKeySet(torch._C._dispatch_key_parse(_key)).raw_repr()
 
 
 class TorchAutogradFramework(TorchFramework):
     """Tensors, with a loss that torch differentiates, compiles and transforms."""
 
     def loss(self, arrays: Mapping[str, Any], options: Options) -> tuple[Any, Any]:
-        """Return the loss and lse, through the operators."""
+        """Return the loss and lse, through the operators where torch looks on."""
         recorded = torch.is_grad_enabled()
         for name in ("class_weight", "token_weight"):
             if recorded and name in arrays and arrays[name].requires_grad:
@@ -49,23 +54,26 @@ class TorchAutogradFramework(TorchFramework):
                     f"pass {name}.detach()"
                 )
         arrays = _autocast(arrays)
-        learned = [arrays[name] for name in ("e", "c", "bias") if name in arrays]
-        differentiate = recorded and any(tensor.requires_grad for tensor in learned)
+        differentiate = recorded and (
+            arrays["e"].requires_grad
+            or arrays["c"].requires_grad
+            or ("bias" in arrays and arrays["bias"].requires_grad)
+        )
+        tensors = [arrays.get(name) for name in _TENSORS]
         if torch.compiler.is_compiling():
             # The operator's fake implementation complains of the rest.
             given, function = _to_schema(options), torch.ops.cce_cupy.linear_cross_entropy
-        elif differentiate or not _are_plain(arrays.values()):
+            loss, lse, _ = function(*tensors, *given, differentiate)
+            return loss, lse
+        problem = self.problem(arrays, options)
+        if not _are_plain(arrays.values()):
             # torch.func meets a Function where it is called, not within an operator.
-            problem = _in_schema(self.problem(arrays, options))
-            given, function = _options_of(problem), _Forward.apply
+            given = _options_of(_in_schema(problem))
+            loss, lse, _ = _Forward.apply(*tensors, *given, differentiate)
+        elif differentiate:
+            loss, lse = _PlainForward.apply(*tensors, _in_schema(problem))
         else:
-            # Nothing to record: an operator would take longer than all the rest of a call.
-            problem = self.problem(arrays, options)
-            plan = self.plan(problem)
-            found = TorchFramework.evaluate(self, problem, plan, arrays, differentiate=False)
-            return found.loss, found.lse
-        tensors = [arrays.get(name) for name in _TENSORS]
-        loss, lse, _ = function(*tensors, *given, differentiate)
+            loss, lse, _ = _compute(problem, arrays, differentiate=False)
         return loss, lse
 
     # The functions that take tensors as plain data stay out of a compiler's graph: it would take
@@ -83,20 +91,39 @@ class TorchAutogradFramework(TorchFramework):
     def evaluate(self, *arguments: Any, **options: Any) -> Evaluation:
         """Compute a loss, and with `differentiate` what its pullback needs."""
         found = super().evaluate(*arguments, **options)
-        return dataclasses.replace(
-            found,
-            pullback=torch.compiler.disable(found.pullback),
-            gradients=torch.compiler.disable(found.gradients),
-        )
+        untraced = _Untraced(found)
+        return Evaluation(found.loss, found.lse, untraced.pullback, untraced.gradients)
 
     statistics = torch.compiler.disable(TorchFramework.statistics)
 
 
+class _Untraced:
+    """An evaluation's pullbacks, out of a compiler's sight."""
+
+    def __init__(self, found: Evaluation) -> None:
+        self._found = found
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def pullback(self, dloss: Any, dlse: Any) -> tuple[Any, Any, Any]:
+        return self._found.pullback(dloss, dlse)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def gradients(self) -> tuple[Any, Any, Any]:
+        return self._found.gradients()
+
+
 def _are_plain(tensors: Iterable[torch.Tensor]) -> bool:
-    """Tell whether tensors stand for themselves alone: no transformation, mode or subclass."""
-    if torch._C._are_functorch_transforms_active():
+    """Tell whether tensors are their memory and nobody looks on: no transformation, no mode."""
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
-    return all(type(x) in _PLAIN and unpack_dual(x).tangent is None for x in tensors)
+    # Without a level there are no tangents.
+    tangents = forward_ad._current_level >= 0
+    for x in tensors:
+        if type(x) not in _PLAIN or torch._C._dispatch_keys(x).raw_repr() & _STANDS_FOR_OTHERS:
+            return False
+        if tangents and forward_ad.unpack_dual(x).tangent is not None:
+            return False
+    return True
 
 
 def _in_schema(problem: Problem) -> Problem:
@@ -111,8 +138,9 @@ def _in_schema(problem: Problem) -> Problem:
 
 def _autocast(arrays: Mapping[str, Any]) -> Mapping[str, Any]:
     """Cast what torch's linear would cast where autocast is on."""
-    device = arrays["e"].device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    e = arrays["e"]
+    device = "cuda" if e.is_cuda else "cpu"
+    if not (e.is_cuda or e.is_cpu) or not torch.is_autocast_enabled(device):
         return arrays
     dtype = torch.get_autocast_dtype(device)
     cast = dict(arrays)
@@ -152,29 +180,16 @@ def _options_of(given: Any, filter_eps: float | None = None) -> tuple[Any, ...]:
 
 
 class _Call:
-    """What an operator was called with, checked and planned."""
+    """What an operator was called with, checked."""
 
     def __init__(self, arguments: Sequence[Any], *, symbolic: bool = False) -> None:
-        tensors = zip(_TENSORS, arguments, strict=False)
-        self.arrays = {name: tensor for name, tensor in tensors if tensor is not None}
+        self.arrays = _by_name(arguments[: len(_TENSORS)])
         given = Options(*arguments[len(_TENSORS) :])
         # No size depends on the seed, and a symbol would become a constant in a check.
         seed = None if symbolic or given.seed is None else given.seed % (2 * _INTEGER_LIMIT)
         filter_eps = "auto" if given.filter_eps is None else given.filter_eps
         options = given._replace(seed=seed, filter_eps=filter_eps)
-        self.framework = TorchAutogradFramework()
-        self.problem = self.framework.problem(self.arrays, options)
-        self.plan = None if symbolic else self.framework.plan(self.problem)
-
-    def host(self) -> HostCall:
-        """Return the call on the arrays' memory on the host."""
-        assert self.plan is not None
-        arrays = {name: self.framework.to_host(array) for name, array in self.arrays.items()}
-        return HostCall(self.problem, self.plan, Arrays(**arrays))
-
-    def memory(self) -> TorchMemory:
-        """Return the device, on its current stream."""
-        return self.framework.device_memory(self.arrays["e"])
+        self.problem = TorchAutogradFramework().problem(self.arrays, options)
 
     def empty(self, dtype: str | None = None) -> torch.Tensor:
         """Return a tensor of no elements, for a result that was not asked for."""
@@ -182,25 +197,59 @@ class _Call:
         return self.arrays["e"].new_empty(0, dtype=chosen)
 
 
+_FRAMEWORK = TorchFramework()
+
+
+def _host(problem: Problem, plan: Plan, arrays: Mapping[str, Any]) -> HostCall:
+    """Return a call on the arrays' memory on the host."""
+    on_host = {name: _FRAMEWORK.to_host(array) for name, array in arrays.items()}
+    return HostCall(problem, plan, Arrays(**on_host))
+
+
+def _compute(
+    problem: Problem, arrays: Mapping[str, Any], *, differentiate: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return the loss, lse where it is returned, and what a backward needs where there is one."""
+    plan = _FRAMEWORK.plan(problem)
+    if plan is None:
+        memory = _FRAMEWORK.device_memory(arrays["e"])
+        return gpu.evaluate(memory, problem, arrays, differentiate=differentiate)[:3]
+    host, to_tensor = _host(problem, plan, arrays), _FRAMEWORK.from_host
+    host.run_forward(keep_columns=differentiate)
+    return (
+        to_tensor(host.loss(), None),
+        to_tensor(host.lse(), None) if problem.return_lse else None,
+        to_tensor(host.pack(), None) if differentiate else None,
+    )
+
+
+def _compute_gradients(
+    problem: Problem,
+    arrays: Mapping[str, Any],
+    dloss: torch.Tensor,
+    dlse: torch.Tensor | None,
+    saved: torch.Tensor,
+    wanted: Wanted,
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of e, c and bias that are wanted."""
+    plan = _FRAMEWORK.plan(problem)
+    if plan is None:
+        memory = _FRAMEWORK.device_memory(arrays["e"])
+        return gpu.GpuCall(memory, problem, arrays, saved).pullback(memory, dloss, dlse, wanted)
+    host, view = _host(problem, plan, arrays), _FRAMEWORK.to_host
+    host.unpack(view(saved))
+    gradients = host.pullback(view(dloss), None if dlse is None else view(dlse), wanted)[:3]
+    return tuple(None if g is None else _FRAMEWORK.from_host(g, None) for g in gradients)
+
+
 def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the loss, lse where it is returned, and what a backward needs where there is one."""
     *given, differentiate = arguments
     call = _Call(given)
-    sums, wants_lse = call.problem.accumulator, call.problem.return_lse
-    saved = None
-    if call.plan is not None:
-        host, to_tensor = call.host(), call.framework.from_host
-        host.run_forward(keep_columns=differentiate)
-        loss = to_tensor(host.loss(), None)
-        lse = to_tensor(host.lse(), None) if wants_lse else None
-        saved = to_tensor(host.pack(), None) if differentiate else None
-    else:
-        found = gpu.evaluate(call.memory(), call.problem, call.arrays, differentiate=differentiate)
-        loss, lse = found.loss, found.lse
-        saved = found.call.saved.words if differentiate else None
+    loss, lse, saved = _compute(call.problem, call.arrays, differentiate=differentiate)
     return (
         loss,
-        call.empty(sums) if lse is None else lse,
+        call.empty(call.problem.accumulator) if lse is None else lse,
         call.empty("int64") if saved is None else saved,
     )
 
@@ -222,17 +271,7 @@ def _backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     """Return the gradients of e, c and bias; without elements where they are not wanted."""
     *given, dloss, dlse, saved, wants_e, wants_c, wants_bias = arguments
     call, wanted = _Call(given), Wanted(wants_e, wants_c, wants_bias)
-    if call.plan is not None:
-        host, view = call.host(), call.framework.to_host
-        host.unpack(view(saved))
-        gradients: Sequence[Any] = host.pullback(
-            view(dloss), None if dlse is None else view(dlse), wanted
-        )[:3]
-        gradients = [None if g is None else call.framework.from_host(g, None) for g in gradients]
-    else:
-        memory = call.memory()
-        on_device = gpu.GpuCall(memory, call.problem, call.arrays, saved)
-        gradients = on_device.pullback(memory, dloss, dlse, wanted)
+    gradients = _compute_gradients(call.problem, call.arrays, dloss, dlse, saved, wanted)
     return tuple(call.empty() if gradient is None else gradient for gradient in gradients)
 
 
@@ -296,6 +335,51 @@ class _Forward(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         """Refuse."""
         return _refuse_vmap(info, in_dims, *arguments)
+
+
+class _PlainForward(torch.autograd.Function):
+    """The loss and lse of tensors that stand for themselves: nobody else looks on.
+
+    Without an operator, and without `setup_context`, which torch binds the arguments anew for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute; keep references to the inputs, and what a backward needs."""
+        *tensors, problem = arguments
+        loss, lse, saved = _compute(problem, _by_name(tensors), differentiate=True)
+        ctx.problem = problem
+        ctx.save_for_backward(*tensors, saved)
+        ctx.set_materialize_grads(False)
+        return loss, lse
+
+    @staticmethod
+    def backward(
+        ctx: Any, dloss: torch.Tensor | None, dlse: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of the inputs that require them."""
+        *tensors, saved = ctx.saved_tensors
+        problem = ctx.problem
+        needed = ctx.needs_input_grad
+        wanted = Wanted(needed[0], needed[1], needed[3])
+        if dloss is None:
+            if dlse is None:
+                return (None,) * len(needed)
+            dloss = dlse.new_zeros(problem.batch_shape if problem.reduction == "none" else ())
+        arrays = _by_name(tensors)
+        upstream = (dloss,) if dlse is None else (dloss, dlse)
+        # With grad enabled somebody may differentiate the gradients, and is told that he cannot.
+        if torch.is_grad_enabled() or not _are_plain((*arrays.values(), *upstream)):
+            options = _options_of(problem)
+            found = _Backward.apply(*tensors, *options, dloss, dlse, saved, *wanted)
+            e, c, bias = (g if wants else None for g, wants in zip(found, wanted, strict=True))
+        else:
+            e, c, bias = _compute_gradients(problem, arrays, dloss, dlse, saved, wanted)
+        return e, c, None, bias, None, None, None
+
+
+def _by_name(tensors: Iterable[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    return {name: x for name, x in zip(_TENSORS, tensors, strict=True) if x is not None}
 
 
 class _Backward(torch.autograd.Function):

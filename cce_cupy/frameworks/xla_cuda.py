@@ -14,7 +14,7 @@ from ..compiler import KERNELS, import_cupy, kernel, serves
 from ..plan import GpuDevice, Wanted, make_gpu_plan
 from ..problem import Problem
 from .cupy import hardware_of
-from .gpu import DeviceView, GpuCall
+from .gpu import GpuCall
 from .xla_call import read, saved_bytes
 from .xla_ffi import Buffer, Call
 
@@ -22,21 +22,18 @@ from .xla_ffi import Buffer, Call
 def forward(call: Call) -> None:
     """Write the results that the attribute ``outputs`` names, in its order, then the workspace.
 
-    ``saved`` among them is for a backward; without it what would be saved has its place at the
-    end of the workspace.
+    ``saved`` among them is for a backward; without it what would be saved has its place in the
+    workspace.
     """
     asked = read(call)
     *results, workspace = asked.results
     outputs = dict(zip(asked.lists["outputs"], results, strict=True))
     saved = outputs.pop("saved", None)
-    keep = saved is not None
-    if saved is None:
-        workspace, saved = _split(workspace, workspace.nbytes - saved_bytes(asked.problem))
-    memory = _XlaMemory(call, workspace, (saved, workspace))
+    memory = _XlaMemory(call, workspace, (workspace,) if saved is None else (saved, workspace))
     for name, result in outputs.items():
         memory.fill(result, -1 if name == "argmax" else 0)
     gpu = GpuCall(memory, asked.problem, asked.arrays)
-    gpu.run_forward(keep_columns=keep, outputs=outputs)
+    gpu.run_forward(keep_columns=saved is not None, outputs=outputs)
 
 
 def backward(call: Call) -> None:
@@ -51,8 +48,8 @@ def backward(call: Call) -> None:
     *results, workspace = asked.results
     named = dict(zip(wanted, results, strict=True))
     ordered = (named[name] for name in ("e", "c", "bias") if name in named)
-    memory = _XlaMemory(call, workspace, (saved, workspace, *ordered))
-    gpu = GpuCall(memory, asked.problem, asked.arrays)
+    memory = _XlaMemory(call, workspace, (workspace, *ordered))
+    gpu = GpuCall(memory, asked.problem, asked.arrays, saved)
     gpu.pullback(memory, dloss, dlse[0] if dlse else None, Wanted.of(wanted))
 
 
@@ -87,11 +84,6 @@ def _load(device: int, dtype: str) -> None:
                 kernel(device, file, name, dtype)
 
 
-def _split(buffer: Buffer, first: int) -> tuple[Buffer, Buffer]:
-    rest = Buffer(buffer.pointer + first, buffer.dtype, (buffer.nbytes - first,))
-    return Buffer(buffer.pointer, buffer.dtype, (first,)), rest
-
-
 class _XlaMemory:
     """A device in a call of XLA's, where all memory is there before: handed out in a fixed order.
 
@@ -110,10 +102,9 @@ class _XlaMemory:
         self.device: int = self._runtime.pointerGetAttributes(workspace.pointer).device
         self.stream = call.stream()
 
-    def view(self, array: Any) -> DeviceView:
-        """Return how a buffer lies."""
-        strides = tuple(math.prod(array.shape[i + 1 :]) for i in range(len(array.shape)))
-        return DeviceView(array.shape, strides)
+    def strides(self, array: Any) -> tuple[int, ...]:
+        """Return how far apart a buffer's elements lie along each axis."""
+        return tuple(math.prod(array.shape[i + 1 :]) for i in range(len(array.shape)))
 
     def address(self, array: Any) -> int:
         """Return where a buffer lies."""

@@ -110,6 +110,29 @@ class GpuPlan:
     statistics: Room
     backward: Room
 
+    @functools.cached_property
+    def forward_alone(self) -> Room:
+        """The pieces of a forward that no pullback follows, in one allocation."""
+        return Room(self.saved | self.forward)
+
+    @functools.cached_property
+    def statistics_alone(self) -> Room:
+        """The same for the forward with statistics."""
+        return Room(self.saved | self.statistics)
+
+    @functools.cached_property
+    def parts(self) -> int:
+        """Of the backward, each with launches of its own."""
+        cut = self.hopper_backward
+        if cut is not None:
+            return sum(
+                len(list(cut.passes(self.tiles, alone=not sweep.c, filtered=sweep.filtered)))
+                for sweep in self.sweeps
+            )
+        return -(-self.words * COLUMN_CHUNK // self.range_columns) * -(
+            -self.tiles // self.part_tiles
+        )
+
 
 class GpuDevice(NamedTuple):
     """What a plan asks of a GPU: its multiprocessors and its compute capability."""

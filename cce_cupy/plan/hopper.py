@@ -1,4 +1,4 @@
-"""The plan of the forward on Hopper: which kernel, and how its work is cut."""
+"""The plan of the kernels for Hopper: which of them, and how their work is cut."""
 
 from __future__ import annotations
 
@@ -299,6 +299,18 @@ def plan_hopper_backward(
     ends = tuple(itertools.accumulate(whole(size, _ALIGNMENT) for size in scratch))
     counters = (8, 8, 8, 4 * (chunks + 1), 4 * tiles)
     counters_ends = tuple(itertools.accumulate(whole(size, 8) for size in counters))
+    room = {
+        **order,
+        "list": 4 * (in_one + carried),
+        "dz_sum": 4 * in_one if problem.has_bias else 0,
+        "item": 4 * (in_one // _LIST_UNIT + 1),
+        "slot": 4 * in_one if filtered else 0,
+        "passing": 4 * (in_one + _CARRIED * tiles) if filtered else 0,
+        "records": max(records + carried * _RECORD_BYTES, ends[-1] if filtered else 0),
+    }
+    # Sorting may take more than the records do.
+    if sum(room.values()) > allowed:
+        return None
     return HopperBackward(
         blocks=processors,
         together=together and row_tiles == tiles,
@@ -311,13 +323,5 @@ def plan_hopper_backward(
         low_offset=records - low,
         counters=(0, *counters_ends),
         scratch=(0, *ends[:-1]),
-        room={
-            **order,
-            "list": 4 * (in_one + carried),
-            "dz_sum": 4 * in_one if problem.has_bias else 0,
-            "item": 4 * (in_one // _LIST_UNIT + 1),
-            "slot": 4 * in_one if filtered else 0,
-            "passing": 4 * (in_one + _CARRIED * tiles) if filtered else 0,
-            "records": max(records + carried * _RECORD_BYTES, ends[-1] if filtered else 0),
-        },
+        room=room,
     )

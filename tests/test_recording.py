@@ -1,0 +1,351 @@
+"""Launches that are formed once and made again, with a stub for the driver's library.
+
+What the stub is given must be what it is given by launches that are formed for each call.
+"""
+
+import contextlib
+import ctypes
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from cce_cupy import driver, launcher, recording, tensor_map
+from cce_cupy.driver import Layout
+from cce_cupy.frameworks import gpu
+from cce_cupy.frameworks.gpu import GpuCall
+from cce_cupy.plan import GpuDevice, Wanted, make_gpu_plan
+from cce_cupy.problem import ArraySpec, Options, Problem
+from cce_cupy.recording import Launch, Recording, stand_in
+from cce_cupy.signatures import PARAMETERS, layout
+
+H100, A100 = GpuDevice(132, (9, 0)), GpuDevice(108, (8, 0))
+
+
+class Untyped(ctypes._CFuncPtr):
+    """A function of C as a library hands it out: without the types of its arguments."""
+
+    _flags_ = ctypes._FUNCFLAG_CDECL
+    _restype_ = ctypes.c_int
+
+
+class Library:
+    """Launches nothing, and keeps what it was asked to launch, with the bytes of each argument."""
+
+    def __init__(self):
+        self.calls, self.sizes, self.status = [], {}, 0
+        self.pause, self.recorded = None, 0
+        address, size = ctypes.c_void_p, ctypes.c_uint
+        types = address, *[size] * 7, address, ctypes.POINTER(address)
+        given = {
+            self.cuLaunchKernel: (*types, address),
+            self.cuLaunchCooperativeKernel: types,
+        }
+        self._functions = {
+            function.__name__: (ctypes.CFUNCTYPE(ctypes.c_int, *types)(function), len(types))
+            for function, types in given.items()
+        }
+
+    def __getitem__(self, name):
+        callback, count = self._functions[name]
+        function = Untyped(ctypes.cast(callback, ctypes.c_void_p).value)
+
+        def call(*arguments):
+            assert len(arguments) == count  # C would not see one too many
+            return function(*arguments)
+
+        return call
+
+    def cuLaunchKernel(self, function, *rest):
+        *rest, extra = rest
+        return self._launch(function, rest, extra)
+
+    def cuLaunchCooperativeKernel(self, function, *rest):
+        return self._launch(function, rest, "cooperative")
+
+    def _launch(self, function, rest, how):
+        *sizes, shared, stream, pointers = rest
+        if self.pause is not None:
+            self.pause.wait()
+        arguments = [
+            ctypes.string_at(pointers[k], size) for k, size in enumerate(self.sizes[function])
+        ]
+        self.calls.append((function, sizes, shared, stream or 0, arguments, how))
+        return self.status
+
+    def cuTensorMapEncodeTiled(self, out, kind, rank, pointer, *rest):
+        text = b"descriptor of a matrix at %x" % pointer.value
+        ctypes.memmove(out.value, text.ljust(128, b"."), 128)
+        return 0
+
+    def cuGetErrorName(self, status, text):
+        text._obj.value = b"CUDA_ERROR"
+        return 0
+
+    def take(self):
+        taken, self.calls = self.calls, []
+        return taken
+
+
+@pytest.fixture
+def library(monkeypatch):
+    stub = Library()
+    for module in (driver, recording, tensor_map):
+        monkeypatch.setattr(module, "library", lambda: stub)
+    kernels = [(file, name) for file, names in PARAMETERS.items() for name in names]
+    handles = {kernel: 0x7000 + k for k, kernel in enumerate(kernels)}
+    stub.names = {handle: name for (_, name), handle in handles.items()}
+    stub.sizes = {handle: layout(*kernel).sizes for kernel, handle in handles.items()}
+
+    def load(device, file, name, dtype):
+        return handles[f"{file}.cu", name], 64, layout(f"{file}.cu", name)
+
+    monkeypatch.setattr(launcher, "_loaded", {})
+    monkeypatch.setattr(launcher, "_load", load)
+    monkeypatch.setattr(gpu, "OnDevice", contextlib.nullcontext)
+
+    def record(launches):
+        stub.recorded += 1
+        return Recording(launches)
+
+    monkeypatch.setattr(gpu, "Recording", record)
+    gpu._alike.cache_clear()
+    tensor_map.encode.cache_clear()
+    yield stub
+    gpu._alike.cache_clear()
+    tensor_map.encode.cache_clear()
+
+
+class Memory:
+    """Addresses in the order in which they are asked for, of no memory."""
+
+    def __init__(self, first, stream=5, hardware=H100):
+        self.next, self.device, self.stream, self.found = first, 1, stream, hardware
+
+    def array(self, shape, dtype):
+        strides = []
+        step = 1
+        for size in reversed(shape):
+            strides.insert(0, step)
+            step *= size
+        pointer = self.next if step else 0
+        self.next += 2**32
+        return SimpleNamespace(
+            shape=tuple(shape), strides=tuple(strides), dtype=dtype, pointer=pointer
+        )
+
+    def strides(self, array):
+        return array.strides
+
+    def address(self, array):
+        return array.pointer
+
+    def contiguous(self, array, dtype=None):
+        return array
+
+    def full(self, shape, dtype, value):
+        return self.array(shape, dtype)
+
+    def hardware(self):
+        return self.found
+
+
+def specs(rows, vocab, dim, dtype, *optional):
+    shapes = {
+        "e": ((rows, dim), dtype),
+        "c": ((vocab, dim), dtype),
+        "targets": ((rows,), "int32"),
+        "bias": ((vocab,), dtype),
+        "class_weight": ((vocab,), "float32"),
+        "token_weight": ((rows,), "float32"),
+    }
+    names = ("e", "c", "targets", *optional)
+    return {name: ArraySpec(*shapes[name], "cuda:1") for name in names}
+
+
+def call(memory, described, options=(), *, outputs=("loss",), wanted=None, dlse=False):
+    """A forward, and a backward where gradients are wanted, on arrays of their own."""
+    problem = Problem.check(described, Options(**dict(options)))
+    arrays = {name: memory.array(x.shape, x.dtype) for name, x in described.items()}
+    made = GpuCall(memory, problem, arrays)
+    results = {name: memory.array((problem.tokens,), "float32") for name in outputs}
+    made.run_forward(keep_columns=wanted is not None, outputs=results)
+    if wanted is not None:
+        upstream = memory.array((problem.tokens,), "float32") if dlse else None
+        made.pullback(memory, memory.array((1,), "float32"), upstream, wanted)
+
+
+EVERYTHING = ("bias", "class_weight", "token_weight")
+STATISTICS = ("log_prob", "lse", "entropy", "argmax")
+CALLS = {
+    "plain": ((300, 5000, 64, "bfloat16"), {}, {}),
+    "one tile": ((100, 5000, 64, "bfloat16"), {}, {}),
+    "portable": ((300, 5000, 63, "float32"), {}, {}),
+    "float64": ((300, 500, 20, "float64", *EVERYTHING), {"reduction": "none"}, {}),
+    "options": (
+        (300, 5000, 64, "float16", *EVERYTHING),
+        {"softcap": 30.0, "label_smoothing": 0.1, "seed": 2**64 - 1, "return_lse": True},
+        {"outputs": ("loss", "lse"), "dlse": True},
+    ),
+    "every column": ((300, 5000, 64, "float16", "bias"), {"gradient_filter": None}, {}),
+    "one side": ((300, 5000, 64, "bfloat16"), {"filter_c_grad": False}, {}),
+    "passes": ((1000, 5000, 1024, "bfloat16"), {"workspace_bytes": 2**21}, {}),
+    "rank one": ((300, 5000, 64, "bfloat16", "bias"), {"label_smoothing": 0.1}, {}),
+    "in parts": ((300, 5000, 64, "float32"), {"workspace_bytes": 1_500_000}, {}),
+    "statistics": ((300, 5000, 64, "bfloat16"), {}, {"outputs": STATISTICS}),
+    "no rows": ((0, 50, 64, "bfloat16"), {}, {}),
+    "no classes": ((7, 0, 64, "bfloat16", "bias"), {"ignore_index": 0}, {}),
+    "no dimension": ((7, 50, 0, "float32", "bias"), {}, {}),
+}
+
+
+@pytest.mark.parametrize("hardware", [H100, A100])
+@pytest.mark.parametrize("wanted", [None, Wanted(), Wanted(e=False), Wanted(False, False, True)])
+@pytest.mark.parametrize("name", CALLS)
+def test_recorded_launches_are_those_formed_for_a_call(
+    library, monkeypatch, name, wanted, hardware
+):
+    shapes, options, extra = CALLS[name]
+    described = specs(*shapes)
+    if "argmax" in extra.get("outputs", ()) and wanted is not None:
+        pytest.skip("no gradients of statistics")
+
+    def run(first, stream):
+        call(Memory(first, stream, hardware), described, options, wanted=wanted, **extra)
+        return library.take()
+
+    places = [(2**40, 5), (2**45, 6), (2**40, 7)]
+    with monkeypatch.context() as patch:
+        patch.setattr(GpuCall, "_replay", GpuCall._launch)
+        formed = [run(*place) for place in places]
+    assert formed[0] != formed[1]
+    assert [run(*place) for place in places] == formed
+    plan = make_gpu_plan(Problem.check(described, Options(**options)), hardware)
+    assert library.recorded == 1 + (wanted is not None and plan.parts <= gpu.MOST_PARTS)
+
+
+ON_HOPPER = {  # passes over the rows, and how many of them sort the columns that are kept
+    "plain": (1, 1),
+    "one tile": (1, 1),
+    "options": (1, 0),
+    "every column": (1, 0),
+    "one side": (2, 1),
+    "passes": (9, 9),
+    "rank one": (1, 1),
+}
+
+
+@pytest.mark.parametrize("name", ON_HOPPER)
+def test_recorded_backward_on_hopper(library, monkeypatch, name):
+    shapes, options, extra = CALLS[name]
+    described = specs(*shapes)
+    plan = make_gpu_plan(Problem.check(described, Options(**options)), H100)
+    assert plan.hopper_backward is not None
+    assert plan.parts == ON_HOPPER[name][0]
+
+    def run(first, stream):
+        call(Memory(first, stream), described, options, wanted=Wanted(), **extra)
+        return [(library.names[function], *rest) for function, *rest in library.take()]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GpuCall, "_replay", GpuCall._launch)
+        formed = run(2**40, 5)
+    run(2**45, 6)
+    run(2**46, 6)
+    assert library.recorded == 2
+    recorded = run(2**40, 5)
+    assert recorded == formed
+    together = [(kernel, sizes) for kernel, sizes, *_, how in recorded if how == "cooperative"]
+    kernels = [kernel for kernel, _ in together]
+    assert (kernels.count("backward"), kernels.count("order_columns")) == ON_HOPPER[name]
+    assert set(kernels) <= {"backward", "order_columns"}
+    # Blocks that wait for each other must all fit onto the device.
+    assert all(sizes[:3] == [132, 1, 1] for _, sizes in together)
+    alone = {kernel for kernel, *_, how in recorded if how != "cooperative"}
+    assert {"map_rows", "row_factors"} <= alone
+    assert not alone & {"backward", "order_columns", "dlogits"}
+
+
+def test_calls_of_two_shapes_take_turns(library):
+    both = [specs(300, 5000, 64, "bfloat16"), specs(500, 5000, 64, "bfloat16")]
+    alone = []
+    for described in both:
+        call(Memory(2**40), described, wanted=Wanted())
+        alone.append(library.take())
+    assert alone[0] != alone[1]
+    for k in (0, 1, 0, 1):
+        call(Memory(2**40), both[k], wanted=Wanted())
+        assert library.take() == alone[k]
+
+
+def test_matrices_that_lie_otherwise_are_other_calls(library):
+    described = specs(300, 5000, 64, "bfloat16")
+    for beyond in (0, 8, 2, 0, 64, 8, 2):
+        call(Memory(2**40 + beyond), described)
+    assert library.recorded == 3
+
+
+def test_launches_are_recorded_when_they_come_again(library):
+    for rows in range(300, 310):
+        call(Memory(2**40), specs(rows, 5000, 64, "bfloat16"))
+    assert library.recorded == 0
+
+
+def test_many_parts_are_not_kept(library):
+    described = specs(300, 50_000, 64, "float32")
+    for _ in range(3):
+        call(Memory(2**40), described, {"workspace_bytes": 500_000}, wanted=Wanted())
+    assert library.recorded == 1  # the forward
+    assert len(library.take()) > 3 * 4 * gpu.MOST_PARTS
+
+
+def test_launches_of_both_kinds_keep_their_order(library):
+    kernel = Layout(["P"])
+    library.sizes = {1: kernel.sizes, 2: kernel.sizes}
+    flags = [True, False, True]
+    launches = [Launch(1 + f, (1, 1), (1, 1), 0, kernel, (stand_in(0),), f) for f in flags]
+    Recording(launches).replay((100,), 3)
+    found = [(function, how == "cooperative") for function, *_, how in library.take()]
+    assert found == [(2, True), (1, False), (2, True)]
+
+
+def two_words():
+    kernel = Layout(["P", "q", "P"])
+    values = stand_in(0) + 8, -3, stand_in(1)
+    return Recording([Launch(1, (3, 2), (128, 4), 16, kernel, values)]), kernel
+
+
+def test_threads_do_not_share_arguments(library):
+    recorded, kernel = two_words()
+    library.sizes = {1: kernel.sizes}
+    # Both are between the writing of their arguments and the driver's reading them at once.
+    library.pause = threading.Barrier(2)
+    given = [(100, 200), (300, 400)]
+    threads = [threading.Thread(target=recorded.replay, args=(x, 9)) for x in given]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = sorted(arguments for *_, arguments, _ in library.take())
+    words = [[(a + 8), 2**64 - 3, b] for a, b in given]
+    assert found == sorted([w.to_bytes(8, "little") for w in each] for each in words)
+    library.pause = None
+    recorded.replay((500, 600), 0)
+    assert len(recorded._rooms) == 2
+
+
+def test_a_refused_launch_says_why(library):
+    recorded, kernel = two_words()
+    library.sizes, library.status = {1: kernel.sizes}, 719
+    with pytest.raises(RuntimeError, match="refused to launch a kernel: CUDA_ERROR"):
+        recorded.replay((100, 200), 9)
+    library.status = 0
+    library.take()
+    recorded.replay((100, 200), 9)
+    ((function, sizes, shared, stream, *_),) = library.take()
+    assert (function, sizes, shared, stream) == (1, [3, 2, 1, 128, 4, 1], 16, 9)
+
+
+def test_an_address_that_would_be_the_same_in_each_call_is_refused():
+    with pytest.raises(ValueError, match="0x7f0000000000 is not within an array"):
+        Recording([Launch(1, (1, 1), (1, 1), 0, Layout(["P"]), (0x7F0000000000,))])
