@@ -30,9 +30,13 @@ from cce_cupy.signatures import layout
 ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
 PROCESSES = 2
 
-TOLERATED = {"sm90/options.cu": {"forward_options": 16, "forward_statistics": 8}}
+TOLERATED = {
+    "sm90/options.cu": {"forward_options": 16, "forward_statistics": 8},
+    "sm90/backward.cu": {"backward": 1664},
+}
 """Bytes of spills, and of stack for them, of kernels in whose main loops there are none: one
-register, written and read once a tile."""
+register, written and read once a tile; in the backward what its phases know of a chunk, which
+waits while they copy and multiply."""
 
 NVRTC = "nvidia-cuda-nvrtc"
 HEADERS = "nvidia-cuda-runtime"  # cuda_fp16.h and cuda_bf16.h

@@ -28,9 +28,11 @@ ORDER_DIGITS = 256
 """kDigits there."""
 
 _ALIGNMENT = 256  # of a piece of workspace
-_LIST_UNIT = 256  # kPairs of kernels_cu/sm90/order.cuh: lists of row tiles are whole items of it
+_LIST_UNIT = 16  # kListUnit of kernels_cu/sm90/order.cuh
+_ITEM = 256  # kPairs there
 _MOST_ROW_TILES = 1024  # kMostRowTiles there
 _RECORD_BYTES = 2 * ROW_TILE
+_LEAST_SHARE = 8  # of the room is left to a chunk's pairs beside unfinished sums
 _MOST_ELEMENTS = 2**34  # of c: its words count in 32 bits there
 _CARRIED = 16  # kStep of kernels_cu/sm90/passed.cuh
 
@@ -202,9 +204,9 @@ class HopperBackward:
             yield HopperPass(first, number, 0 if filtered else self._chunk_blocks(number))
 
     def _chunk_blocks(self, tiles: int) -> int:
-        if self.pairs_in_one // tiles >= whole(self.natural_blocks * ORDER_BLOCK, _LIST_UNIT):
+        if self.pairs_in_one // tiles // ORDER_BLOCK >= self.natural_blocks:
             return self.natural_blocks
-        return max(self.pairs // tiles // _LIST_UNIT * (_LIST_UNIT // ORDER_BLOCK), 1)
+        return self.pairs // tiles // ORDER_BLOCK
 
 
 def plan_hopper_backward(
@@ -213,8 +215,8 @@ def plan_hopper_backward(
     """Cut the backward so that its records, lists and unfinished sums fit into the workspace.
 
     One pass over all row tiles forms both gradients, if the low halves of unfinished dE leave
-    half of the room. Else dE is formed for some row tiles at a time, and dC in a pass of its own,
-    which computes dz twice.
+    enough of the room. Else dE is formed for some row tiles at a time, and dC in a pass of its
+    own, which computes dz twice.
 
     Parameters
     ----------
@@ -238,7 +240,7 @@ def plan_hopper_backward(
     if vocab * problem.dim > _MOST_ELEMENTS:
         return None
     allowed = problem.workspace_bytes or DEFAULT_WORKSPACE_BYTES
-    most = tiles * whole(natural_blocks * ORDER_BLOCK, _LIST_UNIT)
+    most = tiles * natural_blocks * ORDER_BLOCK
     # A block of columns of all row tiles, and what rounds their lists up.
     least = tiles * (ORDER_BLOCK + _LIST_UNIT - 1)
     each = _RECORD_BYTES + 4 + (8 if filtered else 0) + (4 if problem.has_bias else 0)
@@ -262,28 +264,28 @@ def plan_hopper_backward(
         order = order if filtered else {}
         taken = sum(whole(size, _ALIGNMENT) for size in order.values())
         taken += carried * (_RECORD_BYTES + 4) + (4 * _CARRIED * tiles if filtered else 0)
-        # The lists' alignments, and items of at least 256 pairs of 256 bytes each.
-        taken += 8 * _ALIGNMENT + allowed // 2**14
+        # Alignments, and items of dz: the last of each row tile may be short.
+        taken += 8 * _ALIGNMENT + 4 * tiles + allowed // 2**14
         return blocks, order, min((allowed - taken) // each, most)
 
     def low_bytes(row_tiles: int, in_one: int) -> int:
         return 0 if in_one == most else whole(2 * ROW_TILE * row_tiles * problem.dim, _ALIGNMENT)
 
-    def fits(row_tiles: int, in_one: int) -> bool:
-        left = in_one - -(-low_bytes(row_tiles, in_one) // _RECORD_BYTES)
-        return left >= min(max(2 * least, in_one // 2), most)
+    def left(row_tiles: int, in_one: int) -> int:
+        """Return the pairs of a chunk; 0 where it would hold too few."""
+        pairs = in_one - -(-low_bytes(row_tiles, in_one) // _RECORD_BYTES)
+        return pairs if pairs >= min(max(2 * least, in_one // _LEAST_SHARE), most) else 0
 
-    # All but the last chunk of the worst case are half full at least, with half of the room left.
+    # Tables for as many chunks as there are blocks leave the least room; chunks of it, each fuller
+    # than a block of columns short of its capacity, are the most that there can be.
     in_one = lay_out(natural_blocks)[2]
-    if in_one <= 0:
-        return None
-    chunks = min(4 * most // in_one + 2, natural_blocks)
-    order_blocks, order, in_one = lay_out(chunks)
     row_tiles = tiles
-    while not fits(row_tiles, in_one) and row_tiles > 1:
+    while not left(row_tiles, in_one) and row_tiles > 1:
         row_tiles = -(-row_tiles // 2)
-    if not fits(row_tiles, in_one):
+    if in_one <= 0 or not left(row_tiles, in_one):
         return None
+    chunks = min(most // max(left(row_tiles, in_one) - least, 1) + 2, natural_blocks)
+    order_blocks, order, in_one = lay_out(chunks)
     low = low_bytes(row_tiles, in_one)
     records = in_one * _RECORD_BYTES
     # OrderScratch of kernels_cu/sm90/order.cu, but for the columns of each chunk.
@@ -303,7 +305,7 @@ def plan_hopper_backward(
         **order,
         "list": 4 * (in_one + carried),
         "dz_sum": 4 * in_one if problem.has_bias else 0,
-        "item": 4 * (in_one // _LIST_UNIT + 1),
+        "item": 4 * (in_one // _ITEM + tiles),
         "slot": 4 * in_one if filtered else 0,
         "passing": 4 * (in_one + _CARRIED * tiles) if filtered else 0,
         "records": max(records + carried * _RECORD_BYTES, ends[-1] if filtered else 0),

@@ -24,7 +24,7 @@ constexpr int kCopyRegisters = 104;  // with those of the others what the launch
 constexpr int kSumRegisters = 200;
 constexpr int kZeroBytes = 4096;
 constexpr int kRemoved = 1 << 31;  // in a list: the row of c counts as zeros
-constexpr int kNobody = -1;        // in a list: past its end
+constexpr int kNobody = -1;        // for what a list holds: past its end
 
 constexpr int kEverybody = 1;  // named barriers; 0 is __syncthreads
 constexpr int kOfGroup = 2;    // and one more
@@ -179,11 +179,11 @@ struct Chunk {
       : number(number), first(order.first_block(number)), last(order.first_block(number + 1)) {}
 };
 
-// Lists are whole items. One warp.
+// One warp.
 __device__ __forceinline__ void place_lists(Shared& shared, const ColumnOrder& order,
                                             const Chunk& chunk, int row_tiles) {
   const int lane = threadIdx.x % 32;
-  int end = 0;
+  int end = 0, all_items = 0;
   for (int first = 0; first < row_tiles; first += 32) {
     const int tile = first + lane;
     int before = 0, pairs = 0;
@@ -191,21 +191,22 @@ __device__ __forceinline__ void place_lists(Shared& shared, const ColumnOrder& o
       before = order.kept_before(tile, chunk.first);
       pairs = order.kept_before(tile, chunk.last) - before;
     }
-    const int items = (pairs + kPairs - 1) / kPairs;
-    int upto = items;
+    const int length = (pairs + kListUnit - 1) / kListUnit * kListUnit;
+    int upto = length;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const int other = __shfl_up_sync(~0u, upto, step);
       if (lane >= step) upto += other;
     }
     if (tile < row_tiles) {
-      shared.start[tile] = (end + upto - items) * kPairs - before;
+      shared.start[tile] = end + upto - length - before;
       shared.pairs[tile] = pairs;
       if (!order.whole()) shared.natural[tile] = order.natural_before(tile, chunk.number);
     }
     end += __shfl_sync(~0u, upto, 31);
+    all_items += static_cast<int>(__reduce_add_sync(~0u, (pairs + kPairs - 1) / kPairs));
   }
-  if (lane == 0) shared.items = end;
+  if (lane == 0) shared.items = all_items;
 }
 
 // Where the list of a row tile starts.
@@ -241,7 +242,7 @@ __device__ __forceinline__ void list_items(const BackwardArguments& call, const 
   }
 }
 
-// Write the lists of a chunk, and past their ends that nobody is there.
+// Write the lists of a chunk.
 __device__ __forceinline__ void fill_lists(const Shared& shared, const BackwardArguments& call,
                                            const Chunk& chunk, int row_tiles, int64 thread,
                                            int64 threads) {
@@ -266,12 +267,6 @@ __device__ __forceinline__ void fill_lists(const Shared& shared, const BackwardA
       const bool removed = call.bias != nullptr && widen(call.bias[column]) == lowest;
       *to = removed ? column | kRemoved : column;
     }
-  }
-  for (int64 i = thread; i < static_cast<int64>(row_tiles) * kPairs; i += threads) {
-    const int tile = static_cast<int>(i / kPairs), x = static_cast<int>(i % kPairs);
-    const int pairs = shared.pairs[tile], at = pairs / kPairs * kPairs + x;
-    const int start = list_start(shared, call, chunk, tile);
-    if (pairs % kPairs != 0 && at >= pairs) call.list[start + at] = kNobody;
   }
 }
 

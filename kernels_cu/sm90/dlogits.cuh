@@ -37,12 +37,14 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
     const LogitItem item(at);
     const SweepTile rows(shared, call, count, item.tile);
     const int* list = call.list + list_start(shared, call, chunk, item.tile) + item.number * kPairs;
+    const int listed = shared.pairs[item.tile] - item.number * kPairs;
     // Of this thread's words: one of eight in each of sixteen columns. Of removed entries the product
     // does not matter.
     uint32 word_of_column[kColumnsOfThread];
 #pragma unroll
     for (int i = 0; i < kColumnsOfThread; ++i) {
-      const int column = list[first + i * kRowStep];
+      const int at_list = first + i * kRowStep;
+      const int column = at_list < listed ? list[at_list] : kNobody;
       word_of_column[i] =
           column < 0 ? kNoWord : static_cast<uint32>(column * (call.c.stride / kWordElements)) + word;
     }
@@ -124,7 +126,7 @@ struct HeldColumn {
 
   __device__ __forceinline__ HeldColumn(const Shared& shared, const BackwardArguments& call, int tile,
                                         int start, int pair)
-      : entry(call.list[pair]), slot(-1) {
+      : entry(pair - start < shared.pairs[tile] ? call.list[pair] : kNobody), slot(-1) {
     if (call.order.whole() || entry == kNobody) return;
     slot = start + call.order.natural_rank(tile, entry & ~kRemoved) - shared.natural[tile];
   }
@@ -228,8 +230,8 @@ __device__ __forceinline__ void store_record(uint4* record, const OwnColumn& own
   for (int j = 0; j < kSpans; j += 4) {
     const uint4 words =
         transpose_quad(make_uint4(pair(j), pair(j + 1), pair(j + 2), pair(j + 3)), q);
-    // What there is of a record that is nobody's may not be a number.
-    record[j] = own.column < 0 ? make_uint4(0, 0, 0, 0) : words;
+    // Past the end of a list the next one's records are.
+    if (own.column >= 0) record[j] = words;
   }
 }
 
@@ -301,7 +303,7 @@ __device__ __forceinline__ void finish_logits(float (&z)[kLogits], const Shared&
     }
     if (call.dz_sum != nullptr) {
       sum = quad_sum(sum);
-      if (q == 0) call.dz_sum[own_pair] = sum;
+      if (q == 0 && own.column >= 0) call.dz_sum[own_pair] = sum;
     }
   }
   if (call.passed != nullptr && lane == 0)

@@ -341,13 +341,13 @@ __device__ __forceinline__ int first_where(int low, int high, int lane, Holds ho
   return low;
 }
 
-// Cut the vocabulary into chunks of at most `capacity` pairs, lists as whole items; one chunk if
+// Cut the vocabulary into chunks of at most `capacity` pairs, lists as whole units; one chunk if
 // `capacity_in_one` holds all, as it does where the two are equal. One warp.
 __device__ __forceinline__ void cut_chunks(const ColumnOrder& order, const OrderScratch& scratch,
                                            int row_tiles, int capacity, int capacity_in_one,
                                            int lane) {
   const int* before = scratch.pairs_before;
-  const int all = order.natural_blocks, padding = row_tiles * (kPairs - 1);
+  const int all = order.natural_blocks, padding = row_tiles * (kListUnit - 1);
   int chunks = 0, first = 0;
   const bool in_one = capacity == capacity_in_one || before[all] + padding <= capacity_in_one;
   while (first < all) {

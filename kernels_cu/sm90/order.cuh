@@ -9,6 +9,7 @@ constexpr int kOrderBlock = 128;                           // columns whose grad
 constexpr int kWordsOfBlock = kOrderBlock / kColumnChunk;  // of kept bits
 constexpr int kHalves = 2;         // halves of a block may leave out row tiles that none of them keeps
 constexpr int kPairs = 256;        // kept columns of a row tile that are recomputed at once
+constexpr int kListUnit = 16;      // the lists of row tiles start at multiples of it
 constexpr int kMostRowTiles = 1024;
 
 // What the forward has left, from the first row tile of the sweep on.

@@ -9,6 +9,7 @@ namespace cce {
 
 constexpr int kStep = 16;      // pairs that enter a sum at once: what is left over waits for the next chunk
 constexpr int kSlotsRead = 16;  // by a thread at once
+static_assert(kListUnit % kSlotsRead == 0, "a thread reads whole units");
 
 // The list of a row tile's passed pairs has room for what was carried, too.
 __device__ __forceinline__ int passed_start(const Shared& shared, const BackwardArguments& call,
@@ -58,7 +59,7 @@ __device__ __forceinline__ void list_passed(Shared& shared, const BackwardArgume
       int number = 0;
 #pragma unroll
       for (int i = 0; i < kSlotsRead; i += 4) {
-        // A whole item of slots can be read; those past the last are nobody's.
+        // Whole units can be read; those past the last are nobody's.
         int4 four = make_int4(-1, -1, -1, -1);
         if (own + i < pairs) four = *reinterpret_cast<const int4*>(slot + own + i);
         found[i] = four.x, found[i + 1] = four.y, found[i + 2] = four.z, found[i + 3] = four.w;
