@@ -230,7 +230,7 @@ ON_HOPPER = {  # passes over the rows, and how many of them sort the columns tha
     "options": (1, 0),
     "every column": (1, 0),
     "one side": (2, 1),
-    "passes": (9, 9),
+    "passes": (3, 3),
     "rank one": (1, 1),
 }
 
