@@ -1,0 +1,151 @@
+"""What only the backward on Hopper can get wrong: chunks, passes, copies of rows, and waiting."""
+
+import itertools
+
+import numpy as np
+import pytest
+from devices import FRAMEWORKS, Road
+from test_gpu_behaviour import FILTERS, UNFILTERED, bits, check, problem, sent
+
+import cce_cupy
+from cce_cupy.frameworks import gpu
+from cce_cupy.plan import GpuDevice, make_gpu_plan
+from cce_cupy.problem import ArraySpec, Options, Problem
+
+H100 = GpuDevice(132, (9, 0))
+HALF = ("bfloat16", "float16")
+
+
+@pytest.fixture
+def cupy():
+    """CuPy's arrays, on a device of compute capability 9.0."""
+    each = FRAMEWORKS["cupy"]
+    if each.module.cuda.Device().compute_capability != "90":
+        pytest.skip("not a GPU of compute capability 9.0")
+    return each
+
+
+def plan_of(case, **options):
+    """The plan of a case on an H100."""
+    specs = {
+        "e": ArraySpec(case.e.shape, case.dtype),
+        "c": ArraySpec(case.c.shape, case.dtype),
+        "targets": ArraySpec(case.targets.shape, "int64"),
+    }
+    if "bias" in case.options:
+        specs["bias"] = ArraySpec(case.options["bias"].shape, case.dtype)
+    plain = {k: v for k, v in case.options.items() if not isinstance(v, np.ndarray)}
+    return make_gpu_plan(Problem.check(specs, Options(**(plain | options))), H100)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", ["unbiased", "threshold"])
+def test_bits_of_chunks(cupy, dtype, kind):
+    """Neither what the forward keeps besides, which depends on timing, nor chunks change a bit."""
+    case = problem(n=2500, v=20000, d=72, dtype=dtype)
+    arguments = sent(cupy, case)
+    filtering = {"gradient_filter": kind, "filter_eps": 1e-3, "seed": 1}
+    workspaces = (None, 2**25, 3 * 2**22)
+    plans = [plan_of(case, workspace_bytes=size, **filtering) for size in workspaces]
+    assert len({plan.hopper_backward.pairs for plan in plans}) == len(workspaces)
+    assert {plan.hopper_backward.together for plan in plans} == {True}
+    found = set()
+    for size, _ in itertools.product(workspaces, range(4)):
+        results = cce_cupy.linear_cross_entropy_value_and_grad(
+            **arguments, **filtering, workspace_bytes=size
+        )
+        found.add(tuple(bits(cupy, results)))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_passes_over_some_row_tiles(cupy, dtype):
+    """Where unfinished sums of dE leave no room, it is formed for some row tiles at a time."""
+    case = problem(n=1000, v=5000, d=1024, dtype=dtype)
+    small = {"workspace_bytes": 2**21}
+    hopper = plan_of(case, **UNFILTERED, **small).hopper_backward
+    assert hopper is not None
+    assert hopper.row_tiles < 8
+    road = Road(cupy)
+    found = road.linear_cross_entropy_value_and_grad(
+        *case.arrays, **case.options, **UNFILTERED, **small
+    )
+    check(case, found)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("filtering", FILTERS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_no_token_counts(cupy, dtype, filtering, smoothing):
+    case = problem(n=300, v=5000, d=64, dtype=dtype, label_smoothing=smoothing)
+    case.targets[:] = -100
+    loss, gradients = cce_cupy.linear_cross_entropy_value_and_grad(
+        **sent(cupy, case), **filtering, workspace_bytes=2**22
+    )
+    for array in (loss, *gradients):
+        assert not cupy.get(array).any()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("filtering", [UNFILTERED, FILTERS[1]])
+@pytest.mark.parametrize("counted", [1, 127, 128, 129, 200])
+def test_rows_of_ignored_tokens_may_hold_anything(cupy, dtype, filtering, counted):
+    """They lie among the rows that count, and behind the last: no zero times infinity."""
+    case = problem(n=300, v=2000, d=64, dtype=dtype)
+    rng = case.rng()
+    case.targets[:] = rng.integers(0, 2000, 300)
+    ignored = np.r_[np.arange(counted, 300)] if counted % 2 else rng.permutation(300)[counted:]
+    case.targets[ignored] = -100
+    plain = sent(cupy, case)
+    expected = cce_cupy.linear_cross_entropy_value_and_grad(**plain, **filtering)
+    case.e[ignored] = np.asarray(np.nan, case.e.dtype)
+    case.e[ignored[::2]] = np.asarray(np.inf, case.e.dtype)
+    found = cce_cupy.linear_cross_entropy_value_and_grad(**sent(cupy, case), **filtering)
+    assert bits(cupy, found) == bits(cupy, expected)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("filtering", FILTERS)
+def test_rows_of_removed_entries_may_hold_anything(cupy, dtype, filtering):
+    case = problem(n=300, v=2000, d=64, dtype=dtype)
+    removed = np.arange(0, 2000, 3)
+    case.options["bias"][removed] = -np.inf
+    case.targets[case.targets % 3 == 0] = 1
+    plain = sent(cupy, case)
+    expected = cce_cupy.linear_cross_entropy_value_and_grad(**plain, **filtering)
+    case.c[removed] = np.asarray(np.nan, case.c.dtype)
+    found = cce_cupy.linear_cross_entropy_value_and_grad(**sent(cupy, case), **filtering)
+    assert bits(cupy, found) == bits(cupy, expected)
+    assert np.isfinite(cupy.get(found[1].c).astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("d", [8, 56, 64, 72, 248, 256, 264, 1000])
+@pytest.mark.parametrize("dtype", HALF)
+def test_hidden_sizes_and_whole_pairs(cupy, dtype, d):
+    """Boxes of 64 and parts of 256 elements of D that end where D does, or do not."""
+    road = Road(cupy)
+    for n, v in ((128, 128), (129, 127), (256, 513), (640, 3000)):
+        case = problem(n=n, v=v, d=d, dtype=dtype)
+        found = road.linear_cross_entropy_value_and_grad(*case.arrays, **case.options, **UNFILTERED)
+        check(case, found)
+
+
+@pytest.mark.parametrize("wanted", [("e",), ("c",), ("bias",), ("e", "bias")])
+@pytest.mark.parametrize("filtering", [UNFILTERED, FILTERS[1]])
+def test_some_gradients_are_the_same_bits_as_all(cupy, monkeypatch, filtering, wanted):
+    """What is not asked for is left out of the same launch."""
+    case = problem(n=700, v=9000, d=72, dtype="bfloat16")
+    arguments = sent(cupy, case)
+    everything = cce_cupy.linear_cross_entropy_value_and_grad(**arguments, **filtering)[1]
+    pullback = gpu.GpuCall.pullback
+
+    def some(self, memory, dloss, dlse, _wanted=None):
+        return pullback(self, memory, dloss, dlse, gpu.Wanted.of(wanted))
+
+    monkeypatch.setattr(gpu.GpuCall, "pullback", some)
+    found = cce_cupy.linear_cross_entropy_value_and_grad(**arguments, **filtering)[1]
+    for name in ("e", "c", "bias"):
+        array = getattr(found, name)
+        assert (array is not None) == (name in wanted)
+        if array is not None:
+            assert bits(cupy, array) == bits(cupy, getattr(everything, name))
