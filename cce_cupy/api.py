@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from .frameworks import Framework, select
 from .frameworks.framework import Evaluation
-from .plan import Plan
+from .plan import Plan, choose_filter
 from .problem import Options, Problem
 
 P = ParamSpec("P")
@@ -53,6 +53,30 @@ class TokenStatistics(NamedTuple):
     lse: Any
     entropy: Any
     argmax: Any
+
+
+class FilterStatistics(NamedTuple):
+    """What the gradient filter does to a call.
+
+    Attributes
+    ----------
+    gradient_filter : str or None
+        The filter in force: None where the options or the dtype switch it off.
+    filter_eps : float
+        Its scale; 0.0 where there is none.
+    kept : float
+        The fraction of (128 tokens, class) pairs that the backward works on.
+    missing : float
+        The probability, a mean over the tokens that count, that filtered gradients do not stand
+        for: of "threshold" what it drops; of "unbiased", whose weights make up for that, 0 in
+        expectation over seeds, and of either sign. None with a softcap, whose slope stands in the
+        way of summing it up.
+    """
+
+    gradient_filter: str | None
+    filter_eps: float
+    kept: float
+    missing: float | None
 
 
 def linear_cross_entropy(
@@ -390,6 +414,67 @@ def token_statistics(
     return TokenStatistics(
         *prepared.framework.statistics(prepared.problem, prepared.plan, prepared.arrays)
     )
+
+
+def filter_statistics(
+    e: Any,
+    c: Any,
+    targets: Any,
+    bias: Any = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: int = 0,
+    filter_eps: float | Literal["auto"] | None = "auto",
+    *,
+    gradient_filter: Literal["unbiased", "threshold"] | None = "unbiased",
+    seed: int | None = None,
+    logit_scale: float = 1.0,
+    check_targets: bool = False,
+    workspace_bytes: int | None = None,
+) -> FilterStatistics:
+    """How many columns the gradient filter keeps, and how much probability it leaves out.
+
+    It costs what a loss and most of its backward cost, and waits for the device.
+
+    Parameters
+    ----------
+    e, c, targets, bias, ignore_index, softcap, shift, filter_eps, gradient_filter, seed
+        As for `linear_cross_entropy`, and so are logit_scale, check_targets and workspace_bytes.
+
+    Returns
+    -------
+    FilterStatistics
+        Plain numbers. ``missing`` is a sum of numbers rounded to the dtype of e.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `linear_cross_entropy`.
+
+    See Also
+    --------
+    linear_cross_entropy, token_statistics
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cce_cupy
+    >>> e, c = np.eye(4), np.array([[9.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    >>> found = cce_cupy.filter_statistics(
+    ...     e[:1], c, np.array([0]), gradient_filter="threshold", filter_eps=0.01
+    ... )
+    >>> round(found.kept, 4)  # one of three classes
+    0.3333
+    """
+    prepared = _prepare(locals())
+    chosen = choose_filter(prepared.problem)
+    if chosen.kind is None:
+        return FilterStatistics(None, 0.0, 1.0, 0.0)
+    passed, pairs, tokens, left = prepared.framework.filter_effect(
+        prepared.problem, prepared.plan, prepared.arrays
+    )
+    missing = None if softcap is not None else 1.0 - left / tokens if tokens else 0.0
+    return FilterStatistics(chosen.kind, chosen.eps, passed / pairs if pairs else 0.0, missing)
 
 
 class _Prepared(NamedTuple):

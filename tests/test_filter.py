@@ -15,7 +15,11 @@ from oracle import Oracle
 from strategies import Case, cases
 from tolerances import DTYPES, assert_within, unit_roundoff
 
-from cce_cupy import linear_cross_entropy_value_and_grad, linear_cross_entropy_vjp
+from cce_cupy import (
+    filter_statistics,
+    linear_cross_entropy_value_and_grad,
+    linear_cross_entropy_vjp,
+)
 
 ROW_TILE = 128
 CHUNK = 32
@@ -609,3 +613,56 @@ def test_automatic_filter_stays_near_the_rounding_of_bfloat16():
             noise = np.linalg.norm(rounded[side] - exact[side])
             error = np.linalg.norm(found[side].astype(np.float64) - exact[side])
             assert error <= 2 * noise, (kind, side, error / noise)
+
+
+def filter_statistics_of(case, **filtering):
+    plain = {k: v for k, v in case.options.items() if k in ("bias", "softcap", "ignore_index")}
+    return filter_statistics(*case.arrays, **plain, **filtering)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0}, {"bias": None}])
+@pytest.mark.parametrize("eps", [1e-3, 1e-2])
+def test_statistics_of_a_threshold(dtype, options, eps):
+    """The pairs that reach eps, and the probability of all others; targets are kept."""
+    case = problem(n=300, v=2000, dtype=dtype, **options)
+    case.targets[::5] = -100
+    if case.options["bias"] is None:
+        del case.options["bias"]
+    found = filter_statistics_of(case, gradient_filter="threshold", filter_eps=eps)
+    oracle = case.oracle()
+    m = largest(oracle)
+    sure = ~undecided(case, oracle, m, eps)
+    keep = m >= eps
+    assert (found.gradient_filter, found.filter_eps) == ("threshold", eps)
+    unsure = keep.size - np.count_nonzero(sure)
+    assert abs(found.kept * keep.size - np.count_nonzero(keep)) <= unsure + 0.5
+    if "softcap" in options:
+        assert found.missing is None
+        return
+    dropped = [oracle.p[rows][:, ~kept] for rows, kept in zip(tiles(oracle), keep, strict=True)]
+    missing = sum(part.sum() for part in dropped) / len(oracle.target)
+    # A pair that may be kept or not has at most eps of each token; sums are rounded to the dtype.
+    allowed = 2 * unit_roundoff(dtype) + unsure * eps * ROW_TILE / len(oracle.target)
+    assert abs(found.missing - missing) <= allowed
+
+
+def test_statistics_of_the_unbiased_filter():
+    """Weights make up for what is dropped, in expectation."""
+    case = problem(n=300, v=2000)
+    found = [filter_statistics_of(case, filter_eps=1e-2, seed=seed) for seed in range(48)]
+    missing = np.array([each.missing for each in found])
+    error = missing.std(ddof=1) / np.sqrt(len(found))
+    assert error > 0
+    assert abs(missing.mean()) <= 4 * error
+    oracle = case.oracle()
+    expected = np.minimum(largest(oracle) / 1e-2, 1.0).mean()
+    assert abs(np.mean([each.kept for each in found]) - expected) <= 0.02
+
+
+def test_statistics_without_a_filter():
+    case = problem()
+    for filtering in ({}, {"gradient_filter": None}, {"filter_eps": None}):
+        assert filter_statistics_of(case, **filtering) == (None, 0.0, 1.0, 0.0)
+    case.targets[:] = -100
+    assert filter_statistics_of(case, filter_eps=0.1) == ("unbiased", 0.1, 0.0, 0.0)

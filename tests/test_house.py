@@ -281,6 +281,8 @@ def test_public_names() -> None:
         "linear_cross_entropy_value_and_grad",
         "linear_cross_entropy_vjp",
         "token_statistics",
+        "filter_statistics",
+        "FilterStatistics",
         "Gradients",
         "TokenStatistics",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -185,6 +186,34 @@ class Framework:
         like = arrays["e"]
         log_prob, lse, entropy, argmax = (self.from_host(a, like) for a in host.statistics())
         return log_prob, lse, entropy, argmax
+
+    def filter_effect(
+        self, problem: Problem, plan: Plan | None, arrays: Mapping[str, Any]
+    ) -> tuple[int, int, int, float]:
+        """Return the pairs that pass the filter, all pairs, the tokens, and the probability left.
+
+        A pair is of a row tile and a class; the probability that the filtered gradients stand for
+        is summed over the tokens.
+        """
+        if plan is None:
+            views = {name: self.device_view(array) for name, array in arrays.items()}
+            memory = self.device_memory(arrays["e"])
+            *numbers, left = gpu.filter_effect(memory, problem, views)
+            passed, pairs, tokens = numbers
+            return passed, pairs, tokens, self.device_total(left)
+        host_arrays = self._host_arrays(arrays)
+        if host_arrays.bias is None:
+            bias = np.zeros(problem.vocab, host_arrays.e.dtype)
+            host_arrays = host_arrays._replace(bias=bias)
+            problem = dataclasses.replace(problem, has_bias=True)
+        host = HostCall(problem, plan, host_arrays)
+        host.run_forward(keep_columns=True)
+        passed, pairs, tokens, sums = host.filter_effect()
+        return passed, pairs, tokens, float(sums.astype(np.float64).sum())
+
+    def device_total(self, array: Any) -> float:
+        """Return the sum of an array that `device_memory` has made."""
+        return float(array.get().astype(np.float64).sum())
 
     def _evaluate_on_device(
         self, problem: Problem, arrays: Mapping[str, Any], differentiate: bool

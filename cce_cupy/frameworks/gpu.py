@@ -5,13 +5,23 @@ The framework of the caller allocates everything, outputs and workspace alike, o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ..hopper_launcher import HopperLauncher
 from ..launcher import DeviceInputs, DeviceMatrix, Launcher, OnDevice, launch_on
-from ..plan import EVERY_GRADIENT, ITEMSIZE, GpuDevice, GpuPlan, Room, Wanted, make_gpu_plan
+from ..plan import (
+    EVERY_GRADIENT,
+    ITEMSIZE,
+    ROW_TILE,
+    GpuDevice,
+    GpuPlan,
+    Room,
+    Wanted,
+    make_gpu_plan,
+)
 from ..problem import INTEGER_DTYPES, Problem
 from ..recording import Launch, Recording, stand_in
 
@@ -102,6 +112,30 @@ def statistics(
     outputs["argmax"] = memory.full(shape, "int64", -1)
     call.run_forward(keep_columns=False, outputs=outputs)
     return outputs["log_prob"], outputs["lse"], outputs["entropy"], outputs["argmax"]
+
+
+def filter_effect(
+    memory: DeviceMemory, problem: Problem, arrays: Mapping[str, Any]
+) -> tuple[int, int, int, Any]:
+    """Return the pairs that pass the filter, all pairs, the tokens, and what is left.
+
+    A pair is of a row tile and a class. What is left are each class's sums of probabilities: the
+    gradient of the sum of lse with respect to a bias. Waits for the device.
+    """
+    zeros = memory.full((problem.vocab,), problem.dtype, 0)
+    problem = dataclasses.replace(problem, has_bias=True)
+    call = GpuCall(memory, problem, {"bias": zeros} | dict(arrays))
+    call.run_forward(keep_columns=True, outputs={})
+    assert call.saved is not None
+    space = _Space(memory, call.plan.backward)
+    nothing = memory.full((), problem.accumulator, 0)
+    ones = memory.full(problem.batch_shape, problem.accumulator, 1)
+    wanted = Wanted(e=False, c=False, bias=True)
+    _, _, sums = call.pullback(memory, nothing, ones, wanted, space)
+    count = memory.read_integer(call.saved.words, call.saved.offsets["count"] // 8)
+    passed = memory.read_integer(space.words, space.offsets["passed"] // 8)
+    pairs = -(-count // ROW_TILE) * problem.vocab
+    return passed, pairs, count, sums
 
 
 class _Space:
@@ -198,14 +232,16 @@ class GpuCall:
         dloss: Any | None,
         dlse: Any | None,
         wanted: Wanted = EVERY_GRADIENT,
+        space: _Space | None = None,
     ) -> tuple[Any, Any, Any]:
         """Return the wanted gradients for upstream gradients; dloss of None stands for ones.
 
-        The stream is that of `memory`, the current one of now: the forward's may be another.
+        The stream is that of `memory`, the current one of now: the forward's may be another. The
+        workspace is the one that is given, or one of its own.
         """
         problem, plan = self.problem, self.plan
         assert self.saved is not None
-        spaces = {"saved": self.saved, "backward": _Space(memory, plan.backward)}
+        spaces = {"saved": self.saved, "backward": space or _Space(memory, plan.backward)}
         if memory.stream != self.memory.stream:
             for array in (*self.held, self.saved.words):
                 memory.outlives(array)

@@ -162,6 +162,17 @@ class HostCall:
         self._forward = dataclasses.replace(saved, stored=None, stored_columns=None)
         return backward(self.call, saved, factors, wanted)
 
+    def filter_effect(self) -> tuple[int, int, int, Array]:
+        """Return the pairs that pass the filter, all pairs, the tokens, and what is left.
+
+        A pair is of a row tile and a class. What is left are each class's sums of probabilities:
+        the gradient of the sum of lse with respect to a bias.
+        """
+        ones = np.ones(self.problem.batch_shape)
+        found = self.pullback(np.zeros(()), ones, Wanted(e=False, c=False, bias=True))
+        assert found.bias is not None
+        return found.kept, found.pairs, len(self.call.rows), found.bias
+
     def _at_targets(self, values: Array, dtype: np.dtype[Any], ignored: int = 0) -> Array:
         placed = np.full(self.problem.batch_shape, ignored, dtype)
         with np.errstate(all="ignore"):

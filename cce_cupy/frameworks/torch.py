@@ -66,6 +66,10 @@ class TorchFramework(Framework):
         """Return what the kernels need of torch on the device of `like`."""
         return TorchMemory(like.device)
 
+    def device_total(self, array: Any) -> float:
+        """Return the sum of a tensor."""
+        return float(array.sum(dtype=torch.float64))
+
 
 @functools.lru_cache(maxsize=1024)
 def _spec(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> ArraySpec:

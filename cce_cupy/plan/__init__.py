@@ -16,6 +16,7 @@ from .shared import (
     ROW_TILE,
     Sweep,
     Wanted,
+    choose_filter,
     needed_sweeps,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "Sweep",
     "Wanted",
     "bit_words",
+    "choose_filter",
     "make_gpu_plan",
     "make_plan",
     "needed_sweeps",

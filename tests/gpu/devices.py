@@ -234,6 +234,10 @@ class Road:
     def token_statistics(self, *arguments, **options):
         return self._call("token_statistics", arguments, options)
 
+    def filter_statistics(self, *arguments, **options):
+        with self._sent(arguments, options) as sent:
+            return cce_cupy.filter_statistics(*sent[0], **sent[1])
+
     def linear_cross_entropy_vjp(self, *arguments, **options):
         with self._sent(arguments, options) as sent:
             found, pullback = cce_cupy.linear_cross_entropy_vjp(*sent[0], **sent[1])

@@ -16,6 +16,7 @@ PUBLIC = (
     "linear_cross_entropy_value_and_grad",
     "linear_cross_entropy_vjp",
     "token_statistics",
+    "filter_statistics",
 )
 # Every framework runs every property, each with a share of the small profile's examples: a call and
 # its copies to and from the device take longer than NumPy takes for such small problems.
