@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 
 from cce_cupy.compiler import serves
@@ -366,3 +367,51 @@ def test_backward_is_portable_where_hopper_has_no_room_for_it():
     for dtype in ("float32", "float64"):
         for given in (None, 2**30):
             assert plan(8192, dtype, workspace_bytes=given).hopper_backward is None
+
+
+def cut_as_the_device_does(cut, kept):
+    """Yield the blocks of each chunk, and its room: as cut_chunks of kernels_cu/sm90/order.cu."""
+    row_tiles, blocks = kept.shape
+    before = np.r_[0, np.cumsum(kept.sum(axis=0))]
+    padding = row_tiles * 15
+    in_one = cut.pairs == cut.pairs_in_one or before[-1] + padding <= cut.pairs_in_one
+    first = 0
+    while first < blocks:
+        last = first + 1
+        limit = before[first] + cut.pairs - padding
+        while last < blocks and (in_one or before[last + 1] <= limit):
+            last += 1
+        yield slice(first, last), cut.pairs_in_one if in_one else cut.pairs
+        first = last
+
+
+@pytest.mark.parametrize("given", [2**22, 2**24, None, 2**28])
+@pytest.mark.parametrize("tokens", [128, 5000, 8192, 65536])
+def test_what_the_device_cuts_fits(tokens, given):
+    """The host makes room before anyone knows how many columns are kept."""
+    rng = np.random.default_rng(tokens)
+    for dim, vocab in ((64, 1000), (640, 262144), (4096, 20000)):
+        plan = make_gpu_plan(problem(tokens, dim, vocab, "bfloat16", workspace_bytes=given), H100)
+        cut = plan.hopper_backward
+        if cut is None:
+            continue
+        assert cut.pairs == cut.pairs_in_one or cut.pairs * 256 <= cut.low_offset
+        width = np.minimum(128, vocab - 128 * np.arange(cut.natural_blocks))
+        for density in (0.0, 0.05, 1.0, rng.random(cut.natural_blocks).round()):
+            kept = rng.binomial(width, np.broadcast_to(density, (plan.tiles, len(width))))
+            chunks = 0
+            for blocks, room in cut_as_the_device_does(cut, kept):
+                pairs = kept[:, blocks].sum(axis=1)
+                lists = -(-pairs // 16) * 16
+                assert lists.sum() <= room
+                assert 4 * (lists + 16).sum() <= plan.backward["passing"]
+                assert 4 * (-(-pairs // 256)).sum() <= plan.backward["item"]
+                chunks += 1
+            assert chunks <= cut.order_blocks - cut.natural_blocks
+        for alone in (False, True):
+            for part in cut.passes(plan.tiles, alone=alone, filtered=False):
+                columns = min(part.chunk_blocks * 128, vocab)
+                whole = part.chunk_blocks >= cut.natural_blocks
+                assert part.chunk_blocks > 0
+                lists = part.tiles * (-(-columns // 16) * 16)
+                assert lists <= (cut.pairs_in_one if whole else cut.pairs)
