@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from .launcher import Launcher
+from .launcher import BackwardOutputs, Launcher
 from .plan import (
     ORDER_THREADS,
     HopperBackward,
@@ -23,18 +21,6 @@ _BOX = 64
 
 _LARGEST = 8
 """Bytes of the largest factor, which stands before the counters of the passes."""
-
-
-class _Outputs(NamedTuple):
-    """Addresses of what a backward reads from the forward and of what it writes."""
-
-    bits: int
-    unbounded: int
-    de: int
-    dc: int
-    dbias: int
-    passed: int
-    wanted: Wanted
 
 
 class HopperLauncher(Launcher):
@@ -73,7 +59,7 @@ class HopperLauncher(Launcher):
                         room[f"smoothing_{name}"], plan.smoothing_parts, problem.dim,
                         room[f"{name}_total"],
                     )  # fmt: skip
-        outputs = _Outputs(bits, unbounded, de, dc, dbias, passed, wanted)
+        outputs = BackwardOutputs(bits, unbounded, de, dc, dbias, passed, wanted)
         counters = room["counters"] + _LARGEST
         for sweep in needed_sweeps(plan.sweeps, wanted):
             for part in cut.passes(plan.tiles, alone=not sweep.c, filtered=sweep.filtered):
@@ -81,7 +67,12 @@ class HopperLauncher(Launcher):
                 counters += cut.counters[-1]
 
     def _pass(
-        self, cut: HopperBackward, sweep: Sweep, part: HopperPass, counters: int, outputs: _Outputs
+        self,
+        cut: HopperBackward,
+        sweep: Sweep,
+        part: HopperPass,
+        counters: int,
+        outputs: BackwardOutputs,
     ) -> None:
         """Order the columns that a pass keeps, and work through them."""
         problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs

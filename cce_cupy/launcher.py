@@ -91,7 +91,7 @@ class DeviceInputs(NamedTuple):
     token_weight: int
 
 
-class _Gradients(NamedTuple):
+class BackwardOutputs(NamedTuple):
     """Addresses of what a backward reads from the forward and of what it writes."""
 
     bits: int
@@ -368,7 +368,7 @@ class Launcher:
         self.row_factors(dloss, dlse)
         if self.rank_one:
             self.smoothing_sums(wanted)
-        outputs = _Gradients(bits, unbounded, de, dc, dbias, passed, wanted)
+        outputs = BackwardOutputs(bits, unbounded, de, dc, dbias, passed, wanted)
         for sweep in needed_sweeps(plan.sweeps, wanted):
             for part in self._parts(sweep):
                 self._part(sweep, part, outputs)
@@ -428,7 +428,7 @@ class Launcher:
             *self.map, room["factor_smoothing"], room["smoothing_rows"],
         )  # fmt: skip
 
-    def _part(self, sweep: Sweep, part: _Part, outputs: _Gradients) -> None:
+    def _part(self, sweep: Sweep, part: _Part, outputs: BackwardOutputs) -> None:
         """Work on some row tiles and columns: their lists, dz, and its products."""
         problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
         dim, tiles = problem.dim, part.last_tile - part.first_tile
