@@ -285,3 +285,20 @@ def test_a_mode_of_dispatch_sees_the_operators(learn):
     ours = [name for name in seen.names if name.startswith("cce_cupy::")]
     names = ["cce_cupy::linear_cross_entropy", "cce_cupy::linear_cross_entropy_backward"]
     assert ours == names[: 1 + learn]
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_a_torch_without_the_private_names_goes_through_the_operators(monkeypatch, learn):
+    from cce_cupy.frameworks import torch_autograd
+
+    monkeypatch.delattr(torch._C, "_dispatch_keys")
+    assert torch_autograd._keys_of_stand_ins() is None
+    monkeypatch.setattr(torch_autograd, "_STANDS_FOR_OTHERS", None)
+    subject = Subject("linear_cross_entropy")
+    expected, gradients = subject.expected()
+    leaves = subject.leaves() if learn else subject.values
+    loss = subject(*leaves)
+    assert torch.equal(loss, expected)
+    if learn:
+        found = torch.autograd.grad(loss, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(found, gradients, strict=True))

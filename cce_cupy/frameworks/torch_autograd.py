@@ -33,12 +33,32 @@ _OPTIONS_SCHEMA = (
 
 _INTEGER_LIMIT = 2**63
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_STANDS_FOR_OTHERS = 0
-"""The bits of dispatch keys by which torch has a tensor's data computed from other data. Batched is
-what `torch.autograd.grad` makes of a batch of gradients, out of functorch's sight."""
 
-for _key in ("Negative", "ZeroTensor", "Batched"):
-    _STANDS_FOR_OTHERS |= torch._C.DispatchKeySet(torch._C._dispatch_key_parse(_key)).raw_repr()
+
+def _keys_of_stand_ins() -> int | None:
+    """Return the bits of dispatch keys by which torch has a tensor's data computed from other data.
+
+    Batched is what `torch.autograd.grad` makes of a batch of gradients, out of functorch's sight.
+    None where this torch lacks a name that the look at tensors takes, which are private: all calls
+    that it differentiates then go through the operators.
+    """
+    try:
+        for place, name in (
+            (torch._C, "_are_functorch_transforms_active"),
+            (torch._C, "_len_torch_dispatch_stack"),
+            (torch._C, "_dispatch_keys"),
+            (forward_ad, "_current_level"),
+        ):
+            getattr(place, name)
+        bits = 0
+        for key in ("Negative", "ZeroTensor", "Batched"):
+            bits |= torch._C.DispatchKeySet(torch._C._dispatch_key_parse(key)).raw_repr()
+        return bits
+    except (AttributeError, RuntimeError):
+        return None
+
+
+_STANDS_FOR_OTHERS = _keys_of_stand_ins()
 
 
 class TorchAutogradFramework(TorchFramework):
@@ -114,6 +134,8 @@ class _Untraced:
 
 def _are_plain(tensors: Iterable[torch.Tensor]) -> bool:
     """Tell whether tensors are their memory and nobody looks on: no transformation, no mode."""
+    if _STANDS_FOR_OTHERS is None:
+        return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
     # Without a level there are no tangents.
