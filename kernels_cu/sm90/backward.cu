@@ -1,6 +1,7 @@
 // The backward on Hopper: one launch that goes through the chunks of the columns, in each forming dz of
 // all row tiles, then what it brings to dE and all of its columns' dC.
 
+#include "bias.cuh"
 #include "dlogits.cuh"
 #include "products.cuh"
 

@@ -4,6 +4,8 @@
 
 #include "background.cuh"
 #include "functions.cuh"
+#include "lists.cuh"
+#include "queue.cuh"
 
 namespace cce {
 

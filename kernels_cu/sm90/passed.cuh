@@ -3,7 +3,7 @@
 // a trace in the sums.
 #pragma once
 
-#include "backward.cuh"
+#include "lists.cuh"
 
 namespace cce {
 

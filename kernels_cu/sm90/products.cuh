@@ -2,11 +2,11 @@
 // with a block of columns in registers and the row tiles that keep any of them as depth.
 #pragma once
 
+#include "gradients.cuh"
 #include "passed.cuh"
+#include "queue.cuh"
 
 namespace cce {
-
-constexpr int kGradients = kWidth / 2;  // a thread's sums, of 64 rows
 
 __device__ __forceinline__ int count_parts(const BackwardArguments& call) {
   return static_cast<int>((call.dim + kWidth - 1) / kWidth);
@@ -238,113 +238,6 @@ __device__ __forceinline__ void copy_gradients(Shared& shared, const TensorMap& 
   queue.finish(limit);
 }
 
-// Start the products of a stage with `dz`, whose rows lie across the depth where kAcross is 1.
-template <int kAcross>
-__device__ __forceinline__ void start_gradients(float (&sums)[kGradients], const Storage* dz,
-                                                const Storage (&other)[kSpread][kTileK * kTileK]) {
-  const uint64 a = kAcross ? across_depth<kTileK>(dz) : along_depth(dz);
-  const uint64 b = across_depth<kTileK>(other[0]);
-#pragma unroll
-  for (int step = 0; step < kTileK / 16; ++step)
-    product_64x256x16<kAcross>(sums, a + step * (kAcross ? kAdvanceAcross : kAdvanceAlong),
-                               b + step * kAdvanceAcross, 1);
-  product_commit();
-}
-
-// Nothing that reads or writes the sums may move to where products are under way.
-__device__ __forceinline__ void settle(float (&sums)[kGradients]) {
-#pragma unroll
-  for (int i = 0; i < kGradients; ++i) asm volatile("" : "+f"(sums[i])::"memory");
-}
-
-// Where a thread's sums lie in its group's 64 rows, eight columns a span.
-constexpr int kGradientSpans = kWidth / 8;
-__device__ __forceinline__ constexpr int gradient_index(int span, int half, int side) {
-  return 4 * span + 2 * half + side;
-}
-
-// Call f(half, words) for every 16 bytes of a row that a thread writes: `words` holds pairs of sums,
-// `at` is the first element of D.
-template <typename Finish>
-__device__ __forceinline__ void each_word(int part, int dim, int q, Finish f) {
-#pragma unroll
-  for (int spans = 0; spans < kGradientSpans; spans += 4) {
-    const int at = part * kWidth + spans * 8 + q * kWordElements;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) f(spans, half, at, at < dim);
-  }
-}
-
-// The element of D of a sum.
-__device__ __forceinline__ int element_of(int part, int span, int side, int q) {
-  return part * kWidth + 8 * span + 2 * q + side;
-}
-
-// Store rounded sums times `scale`, less what a factor of the row brings of `background`.
-__device__ __forceinline__ void store_rows(const float (&sums)[kGradients], int part, int dim,
-                                           float scale, const float* background,
-                                           const float (&factor)[2], float background_scale,
-                                           Storage* const (&row)[2], int q) {
-  each_word(part, dim, q, [&](int spans, int half, int at, bool there) {
-    auto value = [&](int span, int side) {
-      const float x = sums[gradient_index(span, half, side)] * scale;
-      const int d = element_of(part, span, side, q);
-      if (background == nullptr || d >= dim) return x;
-      return x - factor[half] * background[d] * background_scale;
-    };
-    auto pair = [&](int k) { return narrow_pair(value(spans + k, 0), value(spans + k, 1)); };
-    const uint4 words = transpose_quad(make_uint4(pair(0), pair(1), pair(2), pair(3)), q);
-    if (there && row[half] != nullptr) *reinterpret_cast<uint4*>(row[half] + at) = words;
-  });
-}
-
-constexpr uint32 kUpperHalves = 0x7632, kLowerHalves = 0x5410;  // of two words, selected into one
-
-// Unfinished sums wait as they are, their high halves where the gradient will be, the low ones beside it.
-__device__ __forceinline__ void keep_sums(const float (&sums)[kGradients], int part, int dim,
-                                          Storage* const (&row)[2],
-                                          unsigned short* const (&low)[2], int q) {
-  each_word(part, dim, q, [&](int spans, int half, int at, bool there) {
-    auto halves = [&](int k, uint32 selector) {
-      return __byte_perm(__float_as_uint(sums[gradient_index(spans + k, half, 0)]),
-                         __float_as_uint(sums[gradient_index(spans + k, half, 1)]), selector);
-    };
-    auto words = [&](uint32 selector) {
-      return transpose_quad(make_uint4(halves(0, selector), halves(1, selector), halves(2, selector),
-                                       halves(3, selector)),
-                            q);
-    };
-    const uint4 upper = words(kUpperHalves), lower = words(kLowerHalves);
-    if (!there || row[half] == nullptr) return;
-    *reinterpret_cast<uint4*>(row[half] + at) = upper;
-    *reinterpret_cast<uint4*>(low[half] + at) = lower;
-  });
-}
-
-__device__ __forceinline__ void take_kept_sums(float (&sums)[kGradients], int part, int dim,
-                                              Storage* const (&row)[2],
-                                              unsigned short* const (&low)[2], int q) {
-  each_word(part, dim, q, [&](int spans, int half, int at, bool there) {
-    uint4 upper = {}, lower = {};
-    if (there && row[half] != nullptr) {
-      upper = *reinterpret_cast<const uint4*>(row[half] + at);
-      lower = *reinterpret_cast<const uint4*>(low[half] + at);
-    }
-    upper = transpose_quad(upper, q);
-    lower = transpose_quad(lower, q);
-    auto add = [&](int k, uint32 high, uint32 low) {
-      sums[gradient_index(spans + k, half, 0)] =
-          __uint_as_float(__byte_perm(low, high, kLowerHalves));
-      sums[gradient_index(spans + k, half, 1)] =
-          __uint_as_float(__byte_perm(low, high, kUpperHalves));
-    };
-    add(0, upper.x, lower.x);
-    add(1, upper.y, lower.y);
-    add(2, upper.z, lower.z);
-    add(3, upper.w, lower.w);
-  });
-}
-
 __device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArguments& call,
                                                const Chunk& chunk, const GradientItem& item,
                                                int64 count, bool first, bool last,
@@ -462,32 +355,6 @@ __device__ __forceinline__ void form_gradients(Shared& shared, const BackwardArg
   for (; at != Queue::kNoItem; at = queue.receive(shared))
     form_classifier(shared, call, chunk, GradientItem(call, row_tiles, parts, at), row_tiles, place);
   queue.finish(limit);
-}
-
-// dbias of a chunk: a column of a block for each thread of a group. In double: there may be millions of
-// rows.
-__device__ __forceinline__ void form_bias(const Shared& shared, const BackwardArguments& call,
-                                          const Chunk& chunk, int row_tiles) {
-  const int group = blockIdx.x * kConsumers + threadIdx.x / kGroupThreads - 1;
-  const int groups = gridDim.x * kConsumers, column = threadIdx.x % kGroupThreads;
-  const int bit = column % kColumnChunk;
-  const float scale = record_scale(call.largest);
-  for (int block = chunk.first + group; block < chunk.last; block += groups) {
-    const int at = call.order.column_at(block * kOrderBlock + column);
-    double sum = 0;
-    for (int tile = 0; tile < row_tiles; ++tile) {
-      int rank = shared.start[tile] + call.order.kept_before(tile, block);
-      for (int k = 0; k < column / kColumnChunk; ++k)
-        rank += __popc(call.order.kept_word(tile, block, k));
-      const uint32 own = call.order.kept_word(tile, block, column / kColumnChunk);
-      if (own >> bit & 1) sum += call.dz_sum[rank + __popc(own & ((1u << bit) - 1u))];
-    }
-    if (at < 0) continue;
-    float whole = static_cast<float>(sum / scale);
-    if (call.smoothing_class != nullptr)
-      whole -= static_cast<float>(call.smoothing_class[at] * *call.smoothing_rows);
-    call.dbias[at] = narrow(whole);
-  }
 }
 
 }  // namespace cce
