@@ -22,7 +22,7 @@ ORDER_BLOCK = 128
 """kOrderBlock of kernels_cu/sm90/order.cuh."""
 
 ORDER_THREADS = 1024
-"""kThreads of kernels_cu/sm90/order.cu."""
+"""kThreads of kernels_cu/sm90/sort.cuh."""
 
 ORDER_DIGITS = 256
 """kDigits there."""

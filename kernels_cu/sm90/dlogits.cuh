@@ -149,7 +149,8 @@ __device__ __forceinline__ constexpr int sum_index(int span, int half, int side)
   return 4 * span + 2 * half + side;
 }
 
-// Logits in place, but for removed entries.
+// Logits in place, but for removed entries. The same numbers as the forward's make_logits, whose registers
+// overflow when it shares a function for them.
 __device__ __forceinline__ void make_logits(float (&z)[kLogits], const BackwardArguments& call,
                                             const OwnColumn& own, int half) {
   const float lowest = -static_cast<float>(infinity());
@@ -185,7 +186,7 @@ struct LogitForm {
   float scale;  // of records
 
   __device__ __forceinline__ explicit LogitForm(const BackwardArguments& call)
-      : plain(call.bias == nullptr && call.options.scale == 1.0 && call.options.softcap <= 0.0),
+      : plain(is_plain(call.bias, call.options)),
         capped(call.options.softcap > 0.0),
         inverse_cap(capped ? 1.0f / static_cast<float>(call.options.softcap) : 0.0f),
         scale(record_scale(call.largest)) {}

@@ -1,6 +1,7 @@
 // Functions that the forward and the backward on Hopper must compute alike, and sums over a quad.
 #pragma once
 
+#include "../logits.cuh"
 #include "ptx.cuh"
 
 namespace cce {
@@ -17,6 +18,11 @@ __device__ __forceinline__ float fast_tangent(float x) {
   const float shrunk = power_of_two(-2.0f * kLog2E * fabsf(x));
   const float quotient = copysignf(__fdividef(1.0f - shrunk, 1.0f + shrunk), x);
   return fabsf(x) < 0.25f ? series : quotient;
+}
+
+// Whether logits are the products as they are.
+__device__ __forceinline__ bool is_plain(const Storage* bias, const LogitOptions& options) {
+  return bias == nullptr && options.scale == 1.0 && options.softcap <= 0.0;
 }
 
 // Over the four lanes that share rows of a product.

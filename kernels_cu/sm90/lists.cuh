@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward.cuh"
+#include "scan.cuh"
 
 namespace cce {
 
@@ -28,12 +29,7 @@ __device__ __forceinline__ void place_lists(Shared& shared, const ColumnOrder& o
       pairs = order.kept_before(tile, chunk.last) - before;
     }
     const int length = (pairs + kListUnit - 1) / kListUnit * kListUnit;
-    int upto = length;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(~0u, upto, step);
-      if (lane >= step) upto += other;
-    }
+    const int upto = sum_of_lanes(length);
     if (tile < row_tiles) {
       shared.start[tile] = end + upto - length - before;
       shared.pairs[tile] = pairs;

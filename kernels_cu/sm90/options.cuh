@@ -15,11 +15,6 @@ __device__ __forceinline__ void take_best(float& best, int& argmax, float other,
   }
 }
 
-// Whether logits are the products as they are.
-__device__ __forceinline__ bool is_plain(const ForwardArguments& call) {
-  return call.bias == nullptr && call.options.scale == 1.0 && call.options.softcap <= 0.0;
-}
-
 // Scale, bias and softcap in place. Only a removed entry becomes -inf.
 __device__ __forceinline__ void make_logits(Block z, const ForwardArguments& call, int left,
                                             int columns, int lane) {

@@ -1,97 +1,10 @@
 // From the kept-column bits to the order of the columns: cut into chunks whose records fit into the
 // workspace, and in each sorted by which row tiles keep them.
 
-#include "grid.cuh"
-#include "order.cuh"
+#include "keys.cuh"
+#include "sort.cuh"
 
 namespace cce {
-
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / 32;
-constexpr int kDigits = 256;
-constexpr int kDigitBits = 8;
-constexpr int kKeyPasses = 32 / kDigitBits;
-constexpr int kSlots = 32;  // into which row tiles are folded for the key
-constexpr int kParts = kThreads / kDigits;
-
-// What is needed until the order is there.
-struct OrderScratch {
-  uint32* key;        // (2, vocab)
-  int* place;         // (2, vocab): columns, sorted with their keys
-  uint32* kept;       // (vocab, tile_words): row tiles that keep a column
-  int* chunk;         // (vocab): of each column; one past the last for those that nobody keeps
-  int* digits;        // (grid, kDigits): keys of each block with each digit
-  int* pairs_before;  // (natural_blocks + 1): of all row tiles
-  int* tile_count;    // (blocks): row tiles that keep any column
-  int* active;        // (chunks + 1): columns of each chunk, zeros before
-};
-
-struct OrderShared {
-  int histogram[kWarps][kDigits];  // of a pass
-  int part[2][kParts][kDigits];
-  int start[kDigits];
-  int warp_sum[kWarps];
-};
-
-using Barrier = GridBarrier<1, kThreads>;
-
-// Every second bit, packed.
-__device__ __forceinline__ uint32 pack_even_bits(uint32 x) {
-  x = (x | x >> 1) & 0x33333333u;
-  x = (x | x >> 2) & 0x0F0F0F0Fu;
-  x = (x | x >> 4) & 0x00FF00FFu;
-  return (x | x >> 8) & 0x0000FFFFu;
-}
-// Whether either of two neighbours is set.
-__device__ __forceinline__ uint32 fold_pairs(uint32 x) {
-  return pack_even_bits((x | x >> 1) & 0x55555555u);
-}
-
-// The rank of a word in a Gray code: neighbours in rank differ in one bit.
-__device__ __forceinline__ uint32 gray_rank(uint32 x) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) x ^= x >> step;
-  return x;
-}
-
-// Ascending keys: first by the eighths of the row tiles that keep a column, then by sixteenths, then by
-// some of the finest slots. A column that nobody keeps has the largest.
-__device__ __forceinline__ uint32 sort_key(uint32 slots) {
-  const uint32 sixteenths = fold_pairs(slots), eighths = fold_pairs(sixteenths);
-  return ~(gray_rank(eighths) << 24 | gray_rank(sixteenths) << 8 | gray_rank(slots) >> 24);
-}
-
-// The bit of each lane's column in a word of 32 row tiles, of which each lane holds one's 32 columns.
-__device__ __forceinline__ uint32 transpose_bits(uint32 word, int lane) {
-  uint32 mine = 0;
-#pragma unroll
-  for (int column = 0; column < 32; ++column) {
-    const uint32 tiles = __ballot_sync(~0u, word >> column & 1);
-    if (lane == column) mine = tiles;
-  }
-  return mine;
-}
-
-// The sum over the threads before this one.
-__device__ __forceinline__ int sum_before(OrderShared& shared, int own, int* all) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int upto = own;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(~0u, upto, step);
-    if (lane >= step) upto += other;
-  }
-  __syncthreads();
-  if (lane == 31) shared.warp_sum[warp] = upto;
-  __syncthreads();
-  int before = 0, sum = 0;
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) before += shared.warp_sum[i];
-    sum += shared.warp_sum[i];
-  }
-  *all = sum;
-  return before + upto - own;
-}
 
 // Kept columns of each row tile before each block, in the order of the vocabulary or the new one. A
 // block of threads for each row tile.
@@ -104,7 +17,7 @@ __device__ __forceinline__ void scan_blocks(OrderShared& shared, int* before, in
   for (int tile = blockIdx.x; tile < row_tiles; tile += gridDim.x) {
     int own = 0, all;
     for (int block = first; block < last; ++block) own += count(tile, block);
-    int at = sum_before(shared, own, &all);
+    int at = sum_before<0, kThreads>(shared.warp_sum, own, &all);
     int* row = before + static_cast<int64>(tile) * stride;
     for (int block = first; block < last; ++block) {
       row[block] = at;
@@ -148,98 +61,6 @@ __device__ __forceinline__ void make_keys(const ColumnOrder& order, const OrderS
     scratch.key[column] = sort_key(slots);
     scratch.chunk[column] = slots != 0 ? chunk : chunks;
   }
-}
-
-// One pass of a stable sort by digits, least first. Each warp takes columns that follow each other.
-__device__ __forceinline__ void sort_by_digit(OrderShared& shared, const ColumnOrder& order,
-                                              const OrderScratch& scratch, int pass,
-                                              Barrier& barrier) {
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int64 vocab = order.kept.vocab;
-  const int from = pass % 2;
-  const bool by_chunk = pass >= kKeyPasses;
-  const int shift = (by_chunk ? pass - kKeyPasses : pass) * kDigitBits;
-  const uint32* key = scratch.key + from * vocab;
-  uint32* next_key = scratch.key + (1 - from) * vocab;
-  const int* place = scratch.place + from * vocab;
-  int* next_place = scratch.place + (1 - from) * vocab;
-  auto digit_of = [&](int64 at) {
-    const uint32 own = by_chunk ? static_cast<uint32>(scratch.chunk[place[at]]) : key[at];
-    return own >> shift & (kDigits - 1);
-  };
-  const int64 each =
-      (vocab + gridDim.x * kThreads - 1) / (gridDim.x * static_cast<int64>(kThreads)) * 32;
-  const int64 first = (blockIdx.x * static_cast<int64>(kWarps) + warp) * each;
-  const int64 last = min(first + each, vocab);
-  int* histogram = shared.histogram[warp];
-  for (int i = thread; i < kWarps * kDigits; i += kThreads) (&shared.histogram[0][0])[i] = 0;
-  __syncthreads();
-  for (int64 at = first; at < last; at += 32) {
-    const bool there = at + lane < last;
-    const uint32 digit = there ? digit_of(at + lane) : kDigits;
-    const uint32 equal = __match_any_sync(~0u, digit);
-    if (there && lane == __ffs(equal) - 1) histogram[digit] += __popc(equal);
-    __syncwarp();
-  }
-  __syncthreads();
-  if (thread < kDigits) {
-    int sum = 0;
-    for (int w = 0; w < kWarps; ++w) {
-      const int own = shared.histogram[w][thread];
-      shared.histogram[w][thread] = sum;
-      sum += own;
-    }
-    scratch.digits[blockIdx.x * kDigits + thread] = sum;
-  }
-  barrier.wait();
-  {
-    // Of each digit: how many there are in all blocks, and in those before this one.
-    const int digit = thread % kDigits, part = thread / kDigits;
-    int all = 0, before = 0;
-    for (int block = part; block < static_cast<int>(gridDim.x); block += kParts) {
-      const int number = __ldcg(scratch.digits + block * kDigits + digit);
-      all += number;
-      if (block < static_cast<int>(blockIdx.x)) before += number;
-    }
-    shared.part[0][part][digit] = all;
-    shared.part[1][part][digit] = before;
-    __syncthreads();
-    int upto = 0, own = 0;
-    if (thread < kDigits) {
-      before = 0;
-      for (int i = 0; i < kParts; ++i) {
-        own += shared.part[0][i][thread];
-        before += shared.part[1][i][thread];
-      }
-      upto = own;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(~0u, upto, step);
-        if (lane >= step) upto += other;
-      }
-      if (lane == 31) shared.warp_sum[warp] = upto;
-    }
-    __syncthreads();
-    if (thread < kDigits) {
-      for (int i = 0; i < warp; ++i) upto += shared.warp_sum[i];
-      shared.start[thread] = upto - own + before;
-    }
-    __syncthreads();
-  }
-  for (int64 at = first; at < last; at += 32) {
-    const bool there = at + lane < last;
-    const uint32 digit = there ? digit_of(at + lane) : kDigits;
-    const uint32 equal = __match_any_sync(~0u, digit);
-    if (there) {
-      const int to = shared.start[digit] + histogram[digit] + __popc(equal & ((1u << lane) - 1u));
-      next_key[to] = key[at + lane];
-      next_place[to] = pass == 0 ? static_cast<int>(at + lane) : place[at + lane];
-    }
-    __syncwarp();
-    if (there && lane == __ffs(equal) - 1) histogram[digit] += __popc(equal);
-    __syncwarp();
-  }
-  barrier.wait();
 }
 
 // The first block of each chunk, and the places in use. One thread.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "lists.cuh"
+#include "scan.cuh"
 
 namespace cce {
 
@@ -18,28 +19,6 @@ __device__ __forceinline__ int passed_start(const Shared& shared, const Backward
 }
 __device__ __forceinline__ int carry_place(const BackwardArguments& call, int chunk, int tile) {
   return call.carry + (chunk % 2 * static_cast<int>(call.tiles) + tile) * kStep;
-}
-
-// The sum over the threads before this one; all of the group that copies.
-__device__ __forceinline__ int sum_of_copiers(int (&scratch)[kGroupThreads / 32], int own, int* all) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int upto = own;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(~0u, upto, step);
-    if (lane >= step) upto += other;
-  }
-  named_sync<kCopiers, kGroupThreads>();
-  if (lane == 31) scratch[warp] = upto;
-  named_sync<kCopiers, kGroupThreads>();
-  int before = 0, sum = 0;
-#pragma unroll
-  for (int i = 0; i < kGroupThreads / 32; ++i) {
-    if (i < warp) before += scratch[i];
-    sum += scratch[i];
-  }
-  *all = sum;
-  return before + upto - own;
 }
 
 // List what passed of each row tile, tiles dealt out over the blocks.
@@ -70,7 +49,7 @@ __device__ __forceinline__ void list_passed(Shared& shared, const BackwardArgume
         number += found[i] >= 0;
       }
       int all;
-      int at = total + sum_of_copiers(shared.copier_sum, number, &all);
+      int at = total + sum_before<kCopiers, kGroupThreads>(shared.copier_sum, number, &all);
 #pragma unroll
       for (int i = 0; i < kSlotsRead; ++i)
         if (found[i] >= 0) to[at++] = found[i];

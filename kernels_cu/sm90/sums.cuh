@@ -172,7 +172,7 @@ __device__ __forceinline__ void finish_tile(float (&z)[kBlocksM][kSums], Shared&
 #pragma unroll
   for (int m = 0; m < kBlocksM; ++m) {
     const int row = first_row(row_tile) + 64 * m;
-    const bool plain = kPlain || is_plain(call);
+    const bool plain = kPlain || is_plain(call.bias, call.options);
     if (!plain) make_logits(z[m], call, left, columns, lane);
     if (__builtin_expect(columns < kTileN, 0)) {
 #pragma unroll
