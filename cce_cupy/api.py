@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from .frameworks import Framework, select
 from .frameworks.framework import Evaluation
-from .plan import Plan, choose_filter
+from .plan import Plan
 from .problem import Options, Problem
 
 P = ParamSpec("P")
@@ -467,14 +467,9 @@ def filter_statistics(
     0.3333
     """
     prepared = _prepare(locals())
-    chosen = choose_filter(prepared.problem)
-    if chosen.kind is None:
-        return FilterStatistics(None, 0.0, 1.0, 0.0)
-    passed, pairs, tokens, left = prepared.framework.filter_effect(
-        prepared.problem, prepared.plan, prepared.arrays
+    return FilterStatistics(
+        *prepared.framework.filter_statistics(prepared.problem, prepared.plan, prepared.arrays)
     )
-    missing = None if softcap is not None else 1.0 - left / tokens if tokens else 0.0
-    return FilterStatistics(chosen.kind, chosen.eps, passed / pairs if pairs else 0.0, missing)
 
 
 class _Prepared(NamedTuple):

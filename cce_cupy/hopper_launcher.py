@@ -8,7 +8,6 @@ from .plan import (
     HopperBackward,
     HopperPass,
     Sweep,
-    Wanted,
     needed_sweeps,
 )
 from .tensor_map import TensorMap
@@ -26,21 +25,9 @@ _LARGEST = 8
 class HopperLauncher(Launcher):
     """The launches of one call whose backward runs on Hopper's matrix units."""
 
-    def backward(
-        self,
-        *,
-        dloss: int,
-        dlse: int,
-        bits: int,
-        unbounded: int,
-        de: int,
-        dc: int,
-        dbias: int,
-        passed: int,
-        wanted: Wanted,
-    ) -> None:
+    def backward(self, dloss: int, dlse: int, outputs: BackwardOutputs) -> None:
         """Form the wanted gradients."""
-        problem, plan, room = self.problem, self.plan, self.room
+        problem, plan, room, wanted = self.problem, self.plan, self.room, outputs.wanted
         cut = plan.hopper_backward
         assert cut is not None
         self.row_factors(dloss, dlse)
@@ -59,7 +46,6 @@ class HopperLauncher(Launcher):
                         room[f"smoothing_{name}"], plan.smoothing_parts, problem.dim,
                         room[f"{name}_total"],
                     )  # fmt: skip
-        outputs = BackwardOutputs(bits, unbounded, de, dc, dbias, passed, wanted)
         counters = room["counters"] + _LARGEST
         for sweep in needed_sweeps(plan.sweeps, wanted):
             for part in cut.passes(plan.tiles, alone=not sweep.c, filtered=sweep.filtered):

@@ -350,26 +350,13 @@ class Launcher:
             plan.segments if problem.vocab else 0, plan.capacity, *outputs,
         )  # fmt: skip
 
-    def backward(
-        self,
-        *,
-        dloss: int,
-        dlse: int,
-        bits: int,
-        unbounded: int,
-        de: int,
-        dc: int,
-        dbias: int,
-        passed: int,
-        wanted: Wanted,
-    ) -> None:
+    def backward(self, dloss: int, dlse: int, outputs: BackwardOutputs) -> None:
         """Form the wanted gradients, one range of columns at a time."""
         plan = self.plan
         self.row_factors(dloss, dlse)
         if self.rank_one:
-            self.smoothing_sums(wanted)
-        outputs = BackwardOutputs(bits, unbounded, de, dc, dbias, passed, wanted)
-        for sweep in needed_sweeps(plan.sweeps, wanted):
+            self.smoothing_sums(outputs.wanted)
+        for sweep in needed_sweeps(plan.sweeps, outputs.wanted):
             for part in self._parts(sweep):
                 self._part(sweep, part, outputs)
 

@@ -169,15 +169,17 @@ def test_backward(device, wanted, sweeps, lse, hardware):
     attributes = xla_call.attributes_of(asked, arrays=tuple(SPECS), wanted=wanted)
     xla_cuda.backward(call(device, arguments, results, attributes))
 
-    launcher, step = next((x, o) for name, x, _, o in device.launches if name == "backward")
-    left = needed_sweeps(launcher.plan.sweeps, step["wanted"])
+    launcher, given = next((x, a) for name, x, a, _ in device.launches if name == "backward")
+    at_dloss, at_dlse, outputs = given
+    left = needed_sweeps(launcher.plan.sweeps, outputs.wanted)
     assert {(sweep.e, sweep.c) for sweep in left} == sweeps
     for name in ("e", "c", "bias"):
-        assert bool(step[f"d{name}"]) == (name in wanted)
+        output = getattr(outputs, f"d{name}")
+        assert bool(output) == (name in wanted)
         if name in wanted:
-            assert device.holding(step[f"d{name}"]) == f"d{name}"
-    assert device.holding(step["dloss"]) == "dloss"
-    assert bool(step["dlse"]) == lse
+            assert device.holding(output) == f"d{name}"
+    assert device.holding(at_dloss) == "dloss"
+    assert bool(at_dlse) == lse
     assert device.holding(launcher.room["bits"]) == "saved"
     plan = make_gpu_plan(asked, hardware)
     assert launcher.plan == plan

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..plan import Plan, make_plan
+from ..plan import Plan, choose_filter, make_plan
 from ..problem import ArraySpec, Options, Problem, check_upstream
 from . import gpu
 from .host import Arrays, HostCall, HostGradients, Progress
@@ -187,7 +187,18 @@ class Framework:
         log_prob, lse, entropy, argmax = (self.from_host(a, like) for a in host.statistics())
         return log_prob, lse, entropy, argmax
 
-    def filter_effect(
+    def filter_statistics(
+        self, problem: Problem, plan: Plan | None, arrays: Mapping[str, Any]
+    ) -> tuple[str | None, float, float, float | None]:
+        """Return the filter in force, its eps, the fraction it keeps, and what it leaves out."""
+        chosen = choose_filter(problem)
+        if chosen.kind is None:
+            return None, 0.0, 1.0, 0.0
+        passed, pairs, tokens, left = self._filter_effect(problem, plan, arrays)
+        missing = None if problem.softcap is not None else 1.0 - left / tokens if tokens else 0.0
+        return chosen.kind, chosen.eps, passed / pairs if pairs else 0.0, missing
+
+    def _filter_effect(
         self, problem: Problem, plan: Plan | None, arrays: Mapping[str, Any]
     ) -> tuple[int, int, int, float]:
         """Return the pairs that pass the filter, all pairs, the tokens, and the probability left.

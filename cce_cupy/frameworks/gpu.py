@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ..hopper_launcher import HopperLauncher
-from ..launcher import DeviceInputs, DeviceMatrix, Launcher, OnDevice, launch_on
+from ..launcher import BackwardOutputs, DeviceInputs, DeviceMatrix, Launcher, OnDevice, launch_on
 from ..plan import (
     EVERY_GRADIENT,
     ITEMSIZE,
@@ -337,13 +337,14 @@ def _form_forward(
 def _form_backward(launcher: Launcher, at: Mapping[str, int], wanted: Wanted) -> None:
     room = launcher.room
     launcher.fill_words(room["passed"], 8)
-    launcher.backward(
-        **at,
+    outputs = BackwardOutputs(
         bits=room["bits"],
         unbounded=room["unbounded"],
         passed=room["passed"],
         wanted=wanted,
+        **{name: at[name] for name in ("de", "dc", "dbias")},
     )
+    launcher.backward(at["dloss"], at["dlse"], outputs)
 
 
 class _Rows(NamedTuple):
