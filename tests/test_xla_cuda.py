@@ -105,7 +105,13 @@ def inputs(device):
 
 
 @pytest.mark.parametrize(
-    "outputs", [("loss",), ("loss", "lse", "saved"), ("log_prob", "lse", "entropy", "argmax")]
+    "outputs",
+    [
+        ("loss",),
+        ("loss", "lse", "saved"),
+        ("log_prob", "lse", "entropy", "argmax"),
+        ("log_prob", "lse", "entropy", "argmax", "saved"),
+    ],
 )
 def test_forward(device, outputs):
     asked = problem(reduction="none", softcap=30.0, seed=2**63 + 1, ignore_index=-(2**70))

@@ -214,7 +214,8 @@ class GpuCall:
         addresses = {name: memory.address(array) for name, array in outputs.items()}
         if keep_columns:
             self.saved = _Space(memory, plan.saved)
-            spaces = {"saved": self.saved, "forward": _Space(memory, plan.forward)}
+            room = plan.statistics if "argmax" in outputs else plan.forward
+            spaces = {"saved": self.saved, "forward": _Space(memory, room)}
         elif "argmax" in outputs:
             spaces = {"statistics_alone": _Space(memory, plan.statistics_alone)}
         else:
@@ -449,6 +450,8 @@ def _row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """Return the one distance between the rows of an array (..., D), None where there is none."""
     *shape_of_rows, dim = shape
     *outer, inner = strides
+    if 0 in shape:  # no row is read, and frameworks differ in the strides they tell
+        return dim
     if inner != 1 and dim > 1:
         return None
     distance, step = None, None

@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int64 threads = gridDim.x * static_cast<int64>(kThreads);
   // Without rows every gradient is what nobody keeps.
   const int chunks = row_tiles == 0 ? 0 : call.order.chunks();
-  GridBarrier<kEverybody, kThreads> barrier{call.arrived};
+  GridBarrier<kEverybody, kThreads, true> barrier{call.arrived};
   Queue queue{call.queue};
   RingPlace<kStages> place;
   const int unkept = row_tiles == 0 ? 0 : call.order.first_block(chunks);
@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   // What all threads do before dz of a chunk.
   auto prepare = [&](const Chunk& chunk) {
     if (threadIdx.x / 32 == 0) place_lists(shared, call.order, chunk, row_tiles);
-    named_sync<kEverybody, kThreads>();
+    named_sync_of_branches<kEverybody, kThreads>();
     list_items(call, chunk, row_tiles, static_cast<int>(thread / 32), static_cast<int>(threads / 32));
     fill_lists(shared, call, chunk, row_tiles, thread, threads);
     barrier.wait();

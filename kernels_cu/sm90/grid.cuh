@@ -6,15 +6,22 @@
 namespace cce {
 
 // `arrived` counts up from 0 at the start of the launch. What threads of any block wrote before it,
-// all threads see behind it; kNumber names the barrier of a block's kThreads threads that it takes.
-template <int kNumber, int kThreads>
+// all threads see behind it; kNumber names the barrier of a block's kThreads threads that it takes,
+// kBranches says that they come to it at different places of the code.
+template <int kNumber, int kThreads, bool kBranches>
 struct GridBarrier {
   int* arrived;
   int rounds = 0;
 
+  __device__ __forceinline__ void sync_block() {
+    if constexpr (kBranches)
+      named_sync_of_branches<kNumber, kThreads>();
+    else
+      named_sync<kNumber, kThreads>();
+  }
   __device__ __forceinline__ void wait() {
     ++rounds;
-    named_sync<kNumber, kThreads>();
+    sync_block();
     if (threadIdx.x == 0) {
       __threadfence();
       atomicAdd(arrived, 1);
@@ -22,7 +29,7 @@ struct GridBarrier {
       }
       __threadfence();
     }
-    named_sync<kNumber, kThreads>();
+    sync_block();
   }
 };
 

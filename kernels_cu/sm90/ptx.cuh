@@ -70,6 +70,12 @@ __device__ __forceinline__ void named_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kThreads) : "memory");
 }
 
+// The same for threads that come to it at different places of the code.
+template <int kNumber, int kThreads>
+__device__ __forceinline__ void named_sync_of_branches() {
+  asm volatile("barrier.sync %0, %1;" ::"n"(kNumber), "n"(kThreads) : "memory");
+}
+
 template <int kNumber, int kThreads>
 __device__ __forceinline__ void named_arrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(kNumber), "n"(kThreads) : "memory");

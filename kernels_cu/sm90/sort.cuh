@@ -34,7 +34,7 @@ struct OrderShared {
   int warp_sum[kWarps];
 };
 
-using Barrier = GridBarrier<1, kThreads>;
+using Barrier = GridBarrier<1, kThreads, false>;
 
 // One pass of a stable sort by digits, least first. Each warp takes columns that follow each other.
 __device__ __forceinline__ void sort_by_digit(OrderShared& shared, const ColumnOrder& order,
