@@ -442,7 +442,14 @@ def _rows(
     if stride is None:
         return None
     aligned = beyond % (4 * size) == 0 and stride % 4 == 0 and dim % 4 == 0
-    in_words = beyond % 16 == 0 and stride * size % 16 == 0 and stride >= dim
+    # Kernels that take words of 16 bytes count them in 32 bits.
+    number = math.prod(shape[:-1]) * stride * size // _WORD
+    in_words = (
+        beyond % _WORD == 0
+        and stride * size % _WORD == 0
+        and stride >= dim
+        and number < 2**32
+    )
     return _Rows(stride, aligned, in_words)
 
 

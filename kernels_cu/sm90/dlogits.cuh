@@ -3,6 +3,7 @@
 #pragma once
 
 #include "background.cuh"
+#include "copies.cuh"
 #include "functions.cuh"
 #include "lists.cuh"
 #include "queue.cuh"
@@ -11,7 +12,7 @@ namespace cce {
 
 constexpr int kBlocksM = kPairs / kConsumers / 64;  // of one matrix instruction, for each group
 constexpr int kLogits = kRowTile / 2;               // a thread's of one block
-constexpr uint32 kNoWord = ~0u;
+constexpr int kCopies = 8;  // whose addresses are held at once
 
 // 256 pairs of a row tile, as one number.
 struct LogitItem {
@@ -31,6 +32,7 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
   const int steps = (dim + kTileK - 1) / kTileK;
   const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
   const uint32 in_tile = word_place(first, word);
+  KeptAddresses kept;
   const int limit = shared.items;
   auto item_of = [&](int at) { return call.item[at]; };
   queue.start(limit, item_of);
@@ -39,17 +41,31 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
     const LogitItem item(at);
     const SweepTile rows(shared, call, count, item.tile);
     const int* list = call.list + list_start(shared, call, chunk, item.tile) + item.number * kPairs;
-    const int listed = shared.pairs[item.tile] - item.number * kPairs;
-    // Of this thread's words: one of eight in each of sixteen columns. Of removed entries the product
-    // does not matter.
-    uint32 word_of_column[kColumnsOfThread];
+    const int last = shared.pairs[item.tile] - item.number * kPairs - 1;
+    // Words of this thread, one of eight in each row; numbers of 32 bits, as many as registers hold. Of
+    // removed entries, and past the end of the list, products do not matter.
+    uint32 word_of_column[kColumnsOfThread], word_of_row[kRowsOfThread] = {};
 #pragma unroll
     for (int i = 0; i < kColumnsOfThread; ++i) {
-      const int at_list = first + i * kRowStep;
-      const int column = at_list < listed ? list[at_list] : kNobody;
-      word_of_column[i] =
-          column < 0 ? kNoWord : static_cast<uint32>(column * (call.c.stride / kWordElements)) + word;
+      const int column = list[min(first + i * kRowStep, last)] & ~kRemoved;
+      word_of_column[i] = static_cast<uint32>(column * (call.c.stride / kWordElements)) + word;
     }
+    if (!rows.follow)
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        const int64 row = call.map.source[rows.top + min(first + i * kRowStep, rows.number - 1)];
+        word_of_row[i] = static_cast<uint32>(row * (call.e.stride / kWordElements)) + word;
+      }
+    auto copy = [&](uint32 to, const Storage* of_step, const uint32* words, auto bytes_of) {
+      const Storage* from[kCopies];
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i)
+        from[i] = of_step + static_cast<uint64>(words[i]) * kWordElements;
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i)
+        copy_word(to + i * kRowStep * kTileK * sizeof(Storage), from[i], bytes_of(i));
+      kept.keep(from);
+    };
     for (int step = 0; step < steps; ++step, place.next()) {
       LogitStage& stage = shared.stage[place.stage].logits;
       wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
@@ -68,26 +84,16 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
       }
       const uint32 c = shared_address(stage.c) + in_tile;
 #pragma unroll
-      for (int i = 0; i < kColumnsOfThread; ++i) {
-        const bool none = word_of_column[i] == kNoWord;
-        const uint64 at = none ? 0 : word_of_column[i] + step * kWordsOfRow;
-        copy_word(c + i * kRowStep * kTileK * sizeof(Storage), call.c.data + at * kWordElements,
-                  none ? 0 : bytes);
-      }
-      if (!rows.follow) {
-        const uint32 e = shared_address(stage.e) + in_tile;
-#pragma unroll
-        for (int i = 0; i < kRowsOfThread; ++i) {
-          const int row = first + i * kRowStep;
-          const bool there = row < rows.number;
-          const int64 source = call.map.source[rows.top + (there ? row : 0)];
-          copy_word(e + i * kRowStep * kTileK * sizeof(Storage), call.e.row(source) + d,
-                    there ? bytes : 0);
-        }
-      }
+      for (int i = 0; i < kColumnsOfThread; i += kCopies)
+        copy(c + i * kRowStep * kTileK * sizeof(Storage), call.c.data + step * kTileK,
+             word_of_column + i, [&](int) { return bytes; });
+      if (!rows.follow)
+        copy(shared_address(stage.e) + in_tile, call.e.data + step * kTileK, word_of_row,
+             [&](int i) { return first + i * kRowStep < rows.number ? bytes : 0; });
       arrive_after_words(full);
     }
   }
+  kept.finish();
   queue.finish(limit);
 }
 

@@ -2,6 +2,7 @@
 // with a block of columns in registers and the row tiles that keep any of them as depth.
 #pragma once
 
+#include "copies.cuh"
 #include "gradients.cuh"
 #include "passed.cuh"
 #include "queue.cuh"
@@ -70,25 +71,19 @@ struct KeepingTiles {
   }
 };
 
-// Some words of 64 rows, each a row of D from `d` on, to a stage; rows that are nullptr come as zeros.
-__device__ __forceinline__ void copy_rows(Storage (&to)[kSpread][kTileK * kTileK],
-                                          const Storage* const (&row)[kTileK / kRowStep], int d,
-                                          int dim, uint32 in_tile) {
-  constexpr int kElements = kTileK;
+// A thread's words of a row of 256 elements of D, `d` the first of them, to a stage; zeros past the end of
+// D, and for a row that is not there.
+__device__ __forceinline__ void copy_row(Storage (&to)[kSpread][kTileK * kTileK], const Storage* from,
+                                         bool there, int d, int dim, uint32 place) {
 #pragma unroll
-  for (int i = 0; i < kTileK / kRowStep; ++i)
-#pragma unroll
-    for (int part = 0; part < kSpread; ++part) {
-      const int at = d + part * kElements;
-      const bool there = row[i] != nullptr && at < dim;
-      copy_word(shared_address(to[part]) + in_tile + i * kRowStep * kTileK * sizeof(Storage),
-                there ? row[i] + at : row[i], there ? kWordBytes : 0);
-    }
+  for (int part = 0; part < kSpread; ++part)
+    copy_word(shared_address(to[part]) + place, from + part * kTileK,
+              there && d + part * kTileK < dim ? kWordBytes : 0);
 }
 
 __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArguments& call,
                                                const Chunk& chunk, const GradientItem& item,
-                                               RingPlace<kStages>& place) {
+                                               RingPlace<kStages>& place, KeptAddresses& kept) {
   constexpr int kRowsOfThread = kTileK / kRowStep;
   const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
   const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
@@ -129,18 +124,22 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArg
     wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
     const uint32 full = shared_address(&shared.ring.full[place.stage]);
     if (thread == 0) mbarrier_arrive(full, 1);
-    const Storage* row[kRowsOfThread];
+    const Storage* from[2 * kRowsOfThread];
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      row[i] = column[0][i] < 0 ? nullptr : call.c.row(column[0][i]);
-      const Storage* record =
-          call.dz + static_cast<int64>(max(pair[0][i], 0)) * kRowTile + word * kWordElements;
+      from[i] = call.dz + static_cast<int64>(max(pair[0][i], 0)) * kRowTile + word * kWordElements;
+      from[kRowsOfThread + i] = call.c.row(max(column[0][i], 0)) + d;
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      const uint32 to = in_tile + i * kRowStep * kTileK * sizeof(Storage);
 #pragma unroll
       for (int half = 0; half < kRowTile / kTileK; ++half)
-        copy_word(shared_address(stage.dz[half]) + in_tile + i * kRowStep * kTileK * sizeof(Storage),
-                  record + half * kTileK, pair[0][i] < 0 ? 0 : kWordBytes);
+        copy_word(shared_address(stage.dz[half]) + to, from[i] + half * kTileK,
+                  pair[0][i] < 0 ? 0 : kWordBytes);
+      copy_row(stage.c, from[kRowsOfThread + i], column[0][i] >= 0, d, dim, to);
     }
-    copy_rows(stage.c, row, d, dim, in_tile);
+    kept.keep(from);
     arrive_after_words(full);
     advance(step + 3);
   }
@@ -149,7 +148,7 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArg
 __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap& e_map,
                                                 const BackwardArguments& call, const Chunk& chunk,
                                                 const GradientItem& item, int row_tiles, int64 count,
-                                                RingPlace<kStages>& place) {
+                                                RingPlace<kStages>& place, KeptAddresses& kept) {
   constexpr int kRowsOfThread = kTileK / kRowStep, kColumnsOfThread = kOrderBlock / kRowStep;
   constexpr int kRowsOfWord = kColumnChunk / kRowStep;
   const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
@@ -160,27 +159,35 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
   KeepingTiles tiles(call.order, block, row_tiles);
   // What the next tile keeps is on its way while this one's words are copied.
   int tile = tiles.next(), before = 0;
-  uint32 kept[kWordsOfBlock];
+  uint32 words[kWordsOfBlock];
   auto look = [&] {
     if (tile < 0) return;
-    call.order.read_words(kept, tile, block);
+    call.order.read_words(words, tile, block);
     before = call.order.kept_before(tile, block);
   };
   look();
   while (tile >= 0) {
     int rank = shared.start[tile] + before;
-    int pair[kColumnsOfThread];
+    const Storage* record[kColumnsOfThread];
+    uint32 there = 0;
 #pragma unroll
     for (int k = 0; k < kWordsOfBlock; ++k) {
 #pragma unroll
       for (int i = 0; i < kRowsOfWord; ++i) {
-        const int bit = first + i * kRowStep;
-        pair[k * kRowsOfWord + i] =
-            kept[k] >> bit & 1 ? rank + __popc(kept[k] & ((1u << bit) - 1u)) : -1;
+        const int bit = first + i * kRowStep, at = k * kRowsOfWord + i;
+        const uint32 kept_here = words[k] >> bit & 1;
+        const int pair = kept_here ? rank + __popc(words[k] & ((1u << bit) - 1u)) : 0;
+        record[at] = call.dz + static_cast<int64>(pair) * kRowTile + word * kWordElements;
+        there |= kept_here << at;
       }
-      rank += __popc(kept[k]);
+      rank += __popc(words[k]);
     }
     const SweepTile rows(shared, call, count, tile);
+    const Storage* row[2 * kRowsOfThread] = {};
+    if (!rows.follow)
+#pragma unroll
+      for (int i = 0; i < 2 * kRowsOfThread; ++i)
+        row[i] = call.e.row(call.map.source[rows.top + min(first + i * kRowStep, rows.number - 1)]) + d;
     tile = tiles.next();
     look();
     for (int half = 0; half < 2; ++half, place.next()) {
@@ -198,23 +205,20 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
         }
       }
       const uint32 dz = shared_address(stage.dz) + in_tile;
-      const Storage* record = call.dz + half * kTileK + word * kWordElements;
 #pragma unroll
       for (int i = 0; i < kColumnsOfThread; ++i)
-        copy_word(dz + i * kRowStep * kTileK * sizeof(Storage),
-                  record + static_cast<int64>(max(pair[i], 0)) * kRowTile,
-                  pair[i] < 0 ? 0 : kWordBytes);
-      if (!rows.follow) {
-        const Storage* row[kRowsOfThread];
+        copy_word(dz + i * kRowStep * kTileK * sizeof(Storage), record[i] + half * kTileK,
+                  there >> i & 1 ? kWordBytes : 0);
+      if (!rows.follow)
 #pragma unroll
-        for (int i = 0; i < kRowsOfThread; ++i) {
-          const int at = half * kTileK + first + i * kRowStep;
-          row[i] = at < rows.number ? call.e.row(call.map.source[rows.top + at]) : nullptr;
-        }
-        copy_rows(stage.e, row, d, dim, in_tile);
-      }
+        for (int i = 0; i < kRowsOfThread; ++i)
+          copy_row(stage.e, row[half * kRowsOfThread + i],
+                   half * kTileK + first + i * kRowStep < rows.number, d, dim,
+                   in_tile + i * kRowStep * kTileK * sizeof(Storage));
       arrive_after_words(full);
     }
+    kept.keep(record);
+    if (!rows.follow) kept.keep(row);
   }
 }
 
@@ -226,15 +230,17 @@ __device__ __forceinline__ void copy_gradients(Shared& shared, const TensorMap& 
   if (call.de != nullptr && !call.order.whole())
     list_passed(shared, call, chunk, row_tiles, last);
   auto item_of = [](int at) { return at; };
+  KeptAddresses kept;
   queue.start(limit, item_of);
   for (int at; (at = queue.publish(shared, limit, item_of)) != Queue::kNoItem;) {
     const GradientItem item(call, row_tiles, parts, at);
     if (item.embedding) {
-      copy_embedding(shared, call, chunk, item, place);
+      copy_embedding(shared, call, chunk, item, place, kept);
     } else {
-      copy_classifier(shared, e_map, call, chunk, item, row_tiles, count, place);
+      copy_classifier(shared, e_map, call, chunk, item, row_tiles, count, place, kept);
     }
   }
+  kept.finish();
   queue.finish(limit);
 }
 

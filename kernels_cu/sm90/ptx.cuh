@@ -153,6 +153,22 @@ __device__ __forceinline__ void copy_word(uint32 to, const void* from, uint32 by
                : "memory");
 }
 
+// Volatile, so that nothing is put together with it or moved past copies.
+__device__ __forceinline__ uint32 xor_of_three(uint32 a, uint32 b, uint32 c) {
+  uint32 result;
+  asm volatile("lop3.b32 %0, %1, %2, %3, 0x96;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
+__device__ __forceinline__ void trap_if_one(uint32 value) {
+  asm volatile(
+      "{\n"
+      ".reg .pred one;\n"
+      "setp.eq.u32 one, %0, 1;\n"
+      "@one trap;\n"
+      "}" ::"r"(value));
+}
+
 // The thread's copies of words so far count as one arrival when they are done.
 __device__ __forceinline__ void arrive_after_words(uint32 barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
