@@ -106,7 +106,7 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
         "largest_factor": (POINTER, POINTER, POINTER, POINTER),
         "sum_parts": (POINTER, INT32, INT64, POINTER),
     },
-    "sm90/backward.cu": {"backward": (TENSOR_MAP, HOPPER_BACKWARD)},
+    "sm90/backward.cu": {"backward": (3 * TENSOR_MAP, HOPPER_BACKWARD)},
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -35,6 +36,7 @@ _INPUTS = 6
 """Arrays that a call may be given."""
 
 _WIDEST = 32
+_WORD = 16
 """Bytes of the widest access of a kernel: four elements of float64."""
 
 MOST_PARTS = 16

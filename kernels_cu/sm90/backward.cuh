@@ -84,6 +84,13 @@ struct Shared {
 // What the host must give a launch; a stage may have to move up to where its alignment is.
 static_assert(sizeof(Shared) + alignof(Stage) == 224256, "_BACKWARD_SHARED_BYTES of compiler.py");
 
+// By which boxes of 64 rows and 64 columns are copied.
+struct Maps {
+  TensorMap e;
+  TensorMap c;
+  TensorMap dz;  // records
+};
+
 struct BackwardArguments {
   Matrix e;
   Matrix c;
@@ -133,6 +140,12 @@ __device__ __forceinline__ float record_scale(const uint32* largest) {
 #else
   return 1.0f;
 #endif
+}
+
+// Whether a chunk's columns and their records follow one another, and every row of c counts: boxes bring
+// what words bring otherwise.
+__device__ __forceinline__ bool follows(const BackwardArguments& call) {
+  return call.order.whole() && call.bias == nullptr;
 }
 
 // The rows of a tile.
