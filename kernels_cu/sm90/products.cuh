@@ -201,11 +201,13 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const Maps& maps
       rank += __popc(words[k]);
     }
     const SweepTile rows(shared, call, count, tile);
-    const Storage* row[2 * kRowsOfThread] = {};
+    uint32 word_of_row[2 * kRowsOfThread] = {};
     if (!rows.follow)
 #pragma unroll
-      for (int i = 0; i < 2 * kRowsOfThread; ++i)
-        row[i] = call.e.row(call.map.source[rows.top + min(first + i * kRowStep, rows.number - 1)]) + d;
+      for (int i = 0; i < 2 * kRowsOfThread; ++i) {
+        const int64 row = call.map.source[rows.top + min(first + i * kRowStep, rows.number - 1)];
+        word_of_row[i] = static_cast<uint32>(row * (call.e.stride / kWordElements)) + word;
+      }
     // A whole block's records follow one another.
     const int base = shared.start[tile] + before;
     const bool boxes =
@@ -234,16 +236,20 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const Maps& maps
         for (int i = 0; i < kColumnsOfThread; ++i)
           copy_word(dz + i * kRowStep * kTileK * sizeof(Storage), record[i] + half * kTileK,
                     there >> i & 1 ? kWordBytes : 0);
-      if (!rows.follow)
+      if (!rows.follow) {
+        const Storage* row[kRowsOfThread];
 #pragma unroll
-        for (int i = 0; i < kRowsOfThread; ++i)
-          copy_row(stage.e, row[half * kRowsOfThread + i],
-                   half * kTileK + first + i * kRowStep < rows.number, d, dim,
+        for (int i = 0; i < kRowsOfThread; ++i) {
+          const uint64 at = word_of_row[half * kRowsOfThread + i];
+          row[i] = call.e.data + item.part * kWidth + at * kWordElements;
+          copy_row(stage.e, row[i], half * kTileK + first + i * kRowStep < rows.number, d, dim,
                    in_tile + i * kRowStep * kTileK * sizeof(Storage));
+        }
+        kept.keep(row);
+      }
       arrive_after_words(full);
     }
     if (!boxes) kept.keep(record);
-    if (!rows.follow) kept.keep(row);
   }
 }
 
