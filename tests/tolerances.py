@@ -17,7 +17,8 @@ results, which may have cancelled), and errors are followed from the logits to t
     lse         the logits' errors weighted by p, a sum over V
     p           exp of two numbers with errors: a relative error of p
     dz          p's error times its factor, and the roundings of forming it
-    dE          a product over V of dz and C, dC and dbias over N
+    dE          a product over V of dz and C, dC and dbias over N; where dz is kept in the inputs'
+                dtype between, it is rounded to it (`Tolerances.rounds_dz`)
 
 The oracle itself is float64: u_oracle = 2^-53 is added to u, which matters for float64 alone.
 What comes back in the inputs' dtype is rounded once more, by half a unit of that dtype.
@@ -68,6 +69,9 @@ class Tolerances:
     Arrays that belong to valid tokens are scattered to the targets' shape by the methods, and are
     zero where the tests expect exact zeros.
     """
+
+    rounds_dz = False
+    """Whether dz of half precision is kept as such where rows of D come in words of 16 bytes."""
 
     def __init__(self, oracle, dtype):
         self.oracle, self.dtype, self.sums = oracle, dtype, accumulator(dtype)
@@ -184,9 +188,12 @@ class Tolerances:
         # Three products and two differences make a dz; then each term of a sum may be flushed.
         error = error + np.where(o.present, 5 * self.flushed, 0.0)
         n, v = size.shape
-        de_valid = scale * (error + (self.over_vocab + 3 * u) * size) @ np.abs(o.c)
+        kept = 0.0
+        if self.rounds_dz and self.dtype in ("bfloat16", "float16") and o.c.shape[1] % 8 == 0:
+            kept = unit_roundoff(self.dtype) * size
+        de_valid = scale * (error + kept + (self.over_vocab + 3 * u) * size) @ np.abs(o.c)
         de_valid += (v + 1) * self.flushed
-        dc = scale * (error + (self.over_tokens + 3 * u) * size).T @ np.abs(o.e)
+        dc = scale * (error + kept + (self.over_tokens + 3 * u) * size).T @ np.abs(o.e)
         dc += np.where(o.present[:, None], (n + 1) * self.flushed, 0.0)
         dbias = (error + (self.over_tokens + 3 * u) * size).sum(axis=0)
         de = np.zeros((int(np.prod(o.shape)), o.c.shape[1]))

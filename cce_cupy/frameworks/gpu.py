@@ -36,8 +36,10 @@ _INPUTS = 6
 """Arrays that a call may be given."""
 
 _WIDEST = 32
-_WORD = 16
 """Bytes of the widest access of a kernel: four elements of float64."""
+
+_WORD = 16
+"""Bytes that the kernels on Hopper copy at once."""
 
 MOST_PARTS = 16
 """Of a backward whose launches are kept: those of more parts would take much memory, and the
@@ -216,8 +218,8 @@ class GpuCall:
         addresses = {name: memory.address(array) for name, array in outputs.items()}
         if keep_columns:
             self.saved = _Space(memory, plan.saved)
-            room = plan.statistics if "argmax" in outputs else plan.forward
-            spaces = {"saved": self.saved, "forward": _Space(memory, room)}
+            kind = "statistics" if "argmax" in outputs else "forward"
+            spaces = {"saved": self.saved, kind: _Space(memory, getattr(plan, kind))}
         elif "argmax" in outputs:
             spaces = {"statistics_alone": _Space(memory, plan.statistics_alone)}
         else:
@@ -447,10 +449,7 @@ def _rows(
     # Kernels that take words of 16 bytes count them in 32 bits.
     number = math.prod(shape[:-1]) * stride * size // _WORD
     in_words = (
-        beyond % _WORD == 0
-        and stride * size % _WORD == 0
-        and stride >= dim
-        and number < 2**32
+        beyond % _WORD == 0 and stride * size % _WORD == 0 and stride >= dim and number < 2**32
     )
     return _Rows(stride, aligned, in_words)
 
