@@ -23,9 +23,9 @@ _BACKWARD_SHARED_BYTES = 224_256
 
 def shared_bytes(file: str, name: str) -> int:
     """Return the shared memory that a launch must ask for; 0 where a kernel declares its own."""
-    if file == "sm90/backward.cu":
+    if file in ("sm90/backward.cu", "sm90/dense_gradients.cu"):
         return _BACKWARD_SHARED_BYTES
-    needs = file.startswith("sm90/") and name.startswith("forward_")
+    needs = file.startswith("sm90/") and name.startswith(("forward_", "dense_dlogits"))
     return _HOPPER_SHARED_BYTES if needs else 0
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from .launcher import BackwardOutputs, Launcher
 from .plan import (
+    ITEMSIZE,
     ORDER_THREADS,
     ROW_TILE,
+    TILE_COLUMNS,
     HopperBackward,
     HopperPass,
     Sweep,
@@ -95,6 +97,11 @@ class HopperLauncher(Launcher):
             passed = room["passed_pairs"], room["carried"]
         rank_one, wanted = self.rank_one, outputs.wanted
         wants_e, wants_c = sweep.e and wanted.e, sweep.c and wanted.c
+        dense = plan.dense is not None and not sweep.filtered and part.tiles == plan.tiles
+        if dense:
+            self._dense(
+                cut, outputs.de if wants_e else 0, outputs.dc if wants_c else 0,
+            )  # fmt: skip
         with_bias = sweep.c and wanted.bias
         in_columns = problem.filter_c_grad and (wanted.c or wanted.bias)
         counts = sweep.filtered and (sweep.c or not in_columns)
@@ -111,5 +118,37 @@ class HopperLauncher(Launcher):
             room["embedding_total"] if rank_one and wants_c else 0,
             room["smoothing_rows"], outputs.de if wants_e else 0, outputs.dc if wants_c else 0,
             outputs.dbias if with_bias else 0, outputs.passed if counts else 0, queue, arrived,
+            problem.tokens if dense else -1,
             cooperative=True,
         )  # fmt: skip
+
+    def _dense(self, cut: HopperBackward, de: int, dc: int) -> None:
+        """Form gradients of all columns chunk by chunk; nothing where any token is ignored."""
+        problem, room, inputs, dense = self.problem, self.room, self.inputs, self.plan.dense
+        assert dense is not None
+        largest, records = room["counters"], room["records"]
+        tokens, vocab, dim = problem.tokens, problem.vocab, problem.dim
+        e, c = inputs.e, inputs.c
+
+        def boxes(pointer: int, rows: int, columns: int, stride: int, box: int) -> TensorMap:
+            return TensorMap(pointer, (rows, columns), stride, problem.dtype, (box, _BOX))
+
+        for first in range(0, vocab, dense.columns):
+            columns = min(dense.columns, vocab - first)
+            chunk = c.pointer + first * c.stride * ITEMSIZE[problem.dtype]
+            self.launch(
+                "sm90/dense_dlogits", "dense_dlogits", (dense.blocks, 1), (_THREADS, 1),
+                boxes(e.pointer, tokens, dim, e.stride, ROW_TILE),
+                boxes(chunk, columns, dim, c.stride, TILE_COLUMNS // 2),
+                *self.e, *self.map, tokens, dim, first, columns, *self.logit_options,
+                dense.unit_tiles, dense.group, room["row_lse"], *self.factors(), largest, records,
+                dense.columns,
+            )  # fmt: skip
+            self.launch(
+                "sm90/dense_gradients", "dense_gradients", (dense.blocks, 1), (_THREADS, 1),
+                boxes(records, tokens, columns, dense.columns, _BOX),
+                boxes(e.pointer, tokens, dim, e.stride, _BOX),
+                boxes(chunk, columns, dim, c.stride, _BOX),
+                room["count"], tokens, dim, first, columns, vocab, problem.logit_scale, largest,
+                records + cut.low_offset, de, dc,
+            )  # fmt: skip

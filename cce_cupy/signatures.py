@@ -38,9 +38,15 @@ ORDER_SCRATCH = "8P"
 PAIRS = "5Pi0P3P"  # their lists and records, what is carried, and what has passed
 HOPPER_BACKWARD = (
     MATRIX + MATRIX + ROW_MAP + "PPq" + LOGIT_OPTIONS + FILTER + "qq" + COLUMN_ORDER + "P"
-    + ROW_FACTORS + "P" + PAIRS + "12P"
+    + ROW_FACTORS + "P" + PAIRS + "12P" + "q"
 )  # fmt: skip
 """e, c, map; bias, smoothing, dim; row tiles, order; row_lse, factors; pairs; what is summed."""
+
+DENSE_DLOGITS = MATRIX + ROW_MAP + "4q" + LOGIT_OPTIONS + "iiP" + ROW_FACTORS + "PPq"
+"""e, map; tokens, dim, columns; options, order of work; row_lse, factors, largest; dz."""
+
+DENSE_GRADIENTS = "P5qd4P"
+"""count; tokens, dim, columns; scale, largest; what is summed."""
 
 _FORWARD = (
     MATRIX, MATRIX, POINTER, POINTER, INT64, INT64, INT64, INT64, LOGIT_OPTIONS, FILTER, ROW_MAP,
@@ -107,6 +113,8 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
         "sum_parts": (POINTER, INT32, INT64, POINTER),
     },
     "sm90/backward.cu": {"backward": (3 * TENSOR_MAP, HOPPER_BACKWARD)},
+    "sm90/dense_dlogits.cu": {"dense_dlogits": (TENSOR_MAP, TENSOR_MAP, DENSE_DLOGITS)},
+    "sm90/dense_gradients.cu": {"dense_gradients": (3 * TENSOR_MAP, DENSE_GRADIENTS)},
 }  # fmt: skip
 
 

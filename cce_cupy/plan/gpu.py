@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..problem import Problem
+from .dense import DenseCut, plan_dense
 from .hopper import (
     HopperBackward,
     HopperForward,
@@ -64,6 +65,9 @@ class GpuPlan:
     hopper_backward : HopperBackward or None
         How the backward of ``"sm90"`` is cut; None where it is portable: as the forward, and where
         the workspace is too small for it.
+    dense : DenseCut or None
+        How it is cut where every column is kept and every token counts; None where nothing is
+        gained by that.
     capacity : int
         Rows there is room for: all tokens, ignored ones included, since how many count is known
         on the device only.
@@ -92,6 +96,7 @@ class GpuPlan:
     tier_reason: str
     hopper: HopperForward | None
     hopper_backward: HopperBackward | None
+    dense: DenseCut | None
     capacity: int
     tiles: int
     segments: int
@@ -222,11 +227,20 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
             **totals,
             **hopper_backward.room,
         }
+    sweeps = choose_sweeps(chosen, together=together)
+    dense = None
+    if hopper_backward is not None and not (smooths or problem.has_bias):
+        most = hopper_backward.chunk_blocks(tiles)
+        if not all(sweep.filtered for sweep in sweeps):
+            dense = plan_dense(
+                problem.tokens, vocab, dim, ITEMSIZE[problem.dtype], device.processors, most
+            )
     return GpuPlan(
         tier="portable" if hopper is None else "sm90",
         tier_reason=refusal or "",
         hopper=hopper,
         hopper_backward=hopper_backward,
+        dense=dense,
         capacity=rows,
         tiles=tiles,
         segments=segments,
@@ -239,7 +253,7 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         gradient_filter=chosen.kind,
         filter_eps=chosen.eps,
         filter_reason=chosen.reason,
-        sweeps=choose_sweeps(chosen, together=together),
+        sweeps=sweeps,
         saved=saved_room(problem),
         forward=Room(forward),
         statistics=Room(forward | statistics),

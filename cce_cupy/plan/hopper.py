@@ -102,6 +102,29 @@ def plan_hopper_forward(problem: Problem, processors: int) -> HopperForward:
     clusters = max(processors // cluster, 1)
     row_blocks = -(-problem.tokens // rows)
     tiles = -(-problem.vocab // TILE_COLUMNS)
+    row_bytes = rows * problem.dim * ITEMSIZE[problem.dtype]
+    unit_tiles, group = cut_units(row_blocks, tiles, clusters, row_bytes)
+    return HopperForward(
+        kernel="forward_single" if cluster == 1 else "forward_pairs",
+        blocks=min(clusters, row_blocks * -(-tiles // unit_tiles)) * cluster,
+        unit_tiles=unit_tiles,
+        group=group,
+        parts=_CONSUMERS * -(-tiles // unit_tiles),
+    )
+
+
+def cut_units(row_blocks: int, tiles: int, clusters: int, row_bytes: int) -> tuple[int, int]:
+    """Return the column tiles of a unit of work, and how many row blocks go together.
+
+    Parameters
+    ----------
+    row_blocks, tiles : int
+        Row blocks and column tiles of the product.
+    clusters : int
+        Units that are worked on at a time.
+    row_bytes : int
+        Bytes of the rows of a row block.
+    """
 
     def cost(unit_tiles: int) -> float:
         units = row_blocks * -(-tiles // unit_tiles)
@@ -110,15 +133,8 @@ def plan_hopper_forward(problem: Problem, processors: int) -> HopperForward:
 
     longest = max(_LONGEST_UNIT, -(-tiles // clusters))
     unit_tiles = min(range(1, min(longest, tiles) + 1), key=lambda u: (cost(u), -u))
-    bytes_of_rows = rows * problem.dim * ITEMSIZE[problem.dtype]
-    groups = -(-row_blocks // max(1, min(row_blocks, _CACHED_ROWS_BYTES // bytes_of_rows)))
-    return HopperForward(
-        kernel="forward_single" if cluster == 1 else "forward_pairs",
-        blocks=min(clusters, row_blocks * -(-tiles // unit_tiles)) * cluster,
-        unit_tiles=unit_tiles,
-        group=-(-row_blocks // groups),
-        parts=_CONSUMERS * -(-tiles // unit_tiles),
-    )
+    groups = -(-row_blocks // max(1, min(row_blocks, _CACHED_ROWS_BYTES // row_bytes)))
+    return unit_tiles, -(-row_blocks // groups)
 
 
 class HopperPass(NamedTuple):
@@ -201,9 +217,10 @@ class HopperBackward:
         each = self.row_tiles if alone else tiles
         for first in range(0, tiles, each):
             number = min(each, tiles - first)
-            yield HopperPass(first, number, 0 if filtered else self._chunk_blocks(number))
+            yield HopperPass(first, number, 0 if filtered else self.chunk_blocks(number))
 
-    def _chunk_blocks(self, tiles: int) -> int:
+    def chunk_blocks(self, tiles: int) -> int:
+        """Return the blocks of 128 columns of a chunk that all row tiles of a pass keep."""
         if self.pairs_in_one // tiles // ORDER_BLOCK >= self.natural_blocks:
             return self.natural_blocks
         return self.pairs // tiles // ORDER_BLOCK

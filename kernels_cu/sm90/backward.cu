@@ -10,6 +10,7 @@ using namespace cce;
 // A cooperative launch of one block for each multiprocessor.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     backward(const __grid_constant__ Maps maps, const __grid_constant__ BackwardArguments call) {
+  if (*call.map.count == call.dense_rows) return;
   extern __shared__ unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(
       memory + (alignof(Stage) - shared_address(memory) % alignof(Stage)) % alignof(Stage));

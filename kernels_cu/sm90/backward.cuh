@@ -2,7 +2,7 @@
 // how stages are given back and words exchanged.
 #pragma once
 
-#include "../logits.cuh"
+#include "functions.cuh"
 #include "grid.cuh"
 #include "operand.cuh"
 #include "order.cuh"
@@ -50,12 +50,6 @@ union alignas(1024) Stage {
   ClassifierStage classifier;
 };
 
-// What the rows of a tile bring to dz.
-struct RowFactors {
-  const float* softmax;
-  const float* onehot;
-  const float* smoothing;
-};
 struct TileFactors {
   float lse[kRowTile];  // in powers of two
   float softmax[kRowTile];
@@ -127,20 +121,8 @@ struct BackwardArguments {
   unsigned long long* passed;
   int* queue;      // zeros before
   int* arrived;
+  int64 dense_rows;  // if as many rows count the gradients are there: dense_gradients.cu formed them
 };
-
-// Records of float16 are scaled to where it has its digits: the rows' factors may be as small as one
-// over the number of tokens. A power of two.
-__device__ __forceinline__ float record_scale(const uint32* largest) {
-#if CCE_DTYPE == 2
-  const int exponent = static_cast<int>(*largest >> 23) - 127;
-  // Nothing to scale, or nothing that scaling would help.
-  if (exponent <= -127 || exponent >= 128) return 1.0f;
-  return exp2f(static_cast<float>(min(13 - exponent, 126)));
-#else
-  return 1.0f;
-#endif
-}
 
 // Whether a chunk's columns and their records follow one another, and every row of c counts: boxes bring
 // what words bring otherwise.
@@ -188,33 +170,5 @@ __device__ __forceinline__ void release(const uint64& empty) {
   if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&empty), 1);
 }
 constexpr int kReleases = kConsumers * kGroupThreads / 32;
-
-// Lanes `step` apart exchange the one word for the other: each gets its own of both.
-__device__ __forceinline__ void exchange(uint32& low, uint32& high, bool upper, int step) {
-  const uint32 other = __shfl_xor_sync(~0u, upper ? low : high, step);
-  // Values, not a choice of places: words would lie in memory for that.
-  low = upper ? other : low;
-  high = upper ? high : other;
-}
-
-// Exchange words over the four lanes of a quad: word i of lane q becomes word q of lane i. By value:
-// arrays that loops fill do not always end up in registers.
-__device__ __forceinline__ uint4 transpose_quad(uint4 word, int q) {
-  exchange(word.x, word.y, q & 1, 1);
-  exchange(word.z, word.w, q & 1, 1);
-  exchange(word.x, word.z, q & 2, 2);
-  exchange(word.y, word.w, q & 2, 2);
-  return word;
-}
-
-// Two numbers, rounded, in one word; the first in its low half.
-__device__ __forceinline__ uint32 narrow_pair(float first, float second) {
-#if CCE_DTYPE == 2
-  const __half2 pair = __floats2half2_rn(first, second);
-#else
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
-#endif
-  return *reinterpret_cast<const uint32*>(&pair);
-}
 
 }  // namespace cce

@@ -58,14 +58,16 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const Maps& maps,
         const int64 row = call.map.source[rows.top + min(first + i * kRowStep, rows.number - 1)];
         word_of_row[i] = static_cast<uint32>(row * (call.e.stride / kWordElements)) + word;
       }
-    auto copy = [&](uint32 to, const Storage* of_step, const uint32* words, auto bytes_of) {
+    auto copy = [&](uint32 to, const Storage* of_step, const uint32* words, uint32 bytes,
+                    bool some_rows) {
       const Storage* from[kCopies];
 #pragma unroll
       for (int i = 0; i < kCopies; ++i)
         from[i] = of_step + static_cast<uint64>(words[i]) * kWordElements;
 #pragma unroll
       for (int i = 0; i < kCopies; ++i)
-        copy_word(to + i * kRowStep * kTileK * sizeof(Storage), from[i], bytes_of(i));
+        copy_word(to + i * kRowStep * kTileK * sizeof(Storage), from[i],
+                  some_rows && first + i * kRowStep >= rows.number ? 0 : bytes);
       kept.keep(from);
     };
     for (int step = 0; step < steps; ++step, place.next()) {
@@ -92,10 +94,10 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const Maps& maps,
 #pragma unroll
         for (int i = 0; i < kColumnsOfThread; i += kCopies)
           copy(c + i * kRowStep * kTileK * sizeof(Storage), call.c.data + step * kTileK,
-               word_of_column + i, [&](int) { return bytes; });
+               word_of_column + i, bytes, false);
       if (!rows.follow)
-        copy(shared_address(stage.e) + in_tile, call.e.data + step * kTileK, word_of_row,
-             [&](int i) { return first + i * kRowStep < rows.number ? bytes : 0; });
+        copy(shared_address(stage.e) + in_tile, call.e.data + step * kTileK, word_of_row, bytes,
+             true);
       arrive_after_words(full);
     }
   }

@@ -78,10 +78,9 @@ __device__ __forceinline__ void release(const uint64& empty) {
 
 // Fill stages, unit by unit. Boxes of c, and of e where its rows follow each other, are asked for by
 // one thread; around ignored tokens all threads copy e word by word, and warps take turns at asking.
-template <int kCluster>
-__device__ __forceinline__ void copy_tiles(Shared& shared, const TensorMap& e_map,
-                                           const TensorMap& c_map,
-                                           const ForwardArguments& call, int count,
+template <int kCluster, typename Memory, typename Arguments>
+__device__ __forceinline__ void copy_tiles(Memory& shared, const TensorMap& e_map,
+                                           const TensorMap& c_map, const Arguments& call, int count,
                                            const Order& order, uint32 rank) {
   constexpr int kShare = kTileN / kCluster;  // a block's share of the columns it copies for all
   constexpr int kWordBytes = 16, kWordElements = kWordBytes / sizeof(Storage);

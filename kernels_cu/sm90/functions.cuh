@@ -1,4 +1,5 @@
-// Functions that the forward and the backward on Hopper must compute alike, and sums over a quad.
+// What the forward and the backward on Hopper must compute alike, what dz is formed from, and how lanes of a
+// quad share sums and words.
 #pragma once
 
 #include "../logits.cuh"
@@ -37,6 +38,53 @@ __device__ __forceinline__ float quad_largest(float x) {
 __device__ __forceinline__ uint32 quad_largest(uint32 x) {
   x = max(x, __shfl_xor_sync(~0u, x, 1));
   return max(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// What the rows of a tile bring to dz.
+struct RowFactors {
+  const float* softmax;
+  const float* onehot;
+  const float* smoothing;
+};
+// Records of float16 are scaled to where it has its digits: the rows' factors may be as small as one
+// over the number of tokens. A power of two.
+__device__ __forceinline__ float record_scale(const uint32* largest) {
+#if CCE_DTYPE == 2
+  const int exponent = static_cast<int>(*largest >> 23) - 127;
+  // Nothing to scale, or nothing that scaling would help.
+  if (exponent <= -127 || exponent >= 128) return 1.0f;
+  return exp2f(static_cast<float>(min(13 - exponent, 126)));
+#else
+  return 1.0f;
+#endif
+}
+
+// Lanes `step` apart exchange the one word for the other: each gets its own of both.
+__device__ __forceinline__ void exchange(uint32& low, uint32& high, bool upper, int step) {
+  const uint32 other = __shfl_xor_sync(~0u, upper ? low : high, step);
+  // Values, not a choice of places: words would lie in memory for that.
+  low = upper ? other : low;
+  high = upper ? high : other;
+}
+
+// Exchange words over the four lanes of a quad: word i of lane q becomes word q of lane i. By value:
+// arrays that loops fill do not always end up in registers.
+__device__ __forceinline__ uint4 transpose_quad(uint4 word, int q) {
+  exchange(word.x, word.y, q & 1, 1);
+  exchange(word.z, word.w, q & 1, 1);
+  exchange(word.x, word.z, q & 2, 2);
+  exchange(word.y, word.w, q & 2, 2);
+  return word;
+}
+
+// Two numbers, rounded, in one word; the first in its low half.
+__device__ __forceinline__ uint32 narrow_pair(float first, float second) {
+#if CCE_DTYPE == 2
+  const __half2 pair = __floats2half2_rn(first, second);
+#else
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+#endif
+  return *reinterpret_cast<const uint32*>(&pair);
 }
 
 }  // namespace cce

@@ -1,0 +1,92 @@
+"""How the backward on Hopper is cut where every column is kept and every token counts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .hopper import ORDER_BLOCK, cut_units
+from .shared import ROW_TILE
+
+_CLUSTER = 2
+_WIDTH = 256
+"""kWidth of kernels_cu/sm90/backward.cuh: elements of D whose gradients are formed at once."""
+
+_TILE_COLUMNS = 192
+"""kTileN of kernels_cu/sm90/tile.cuh."""
+
+_UNFINISHED = 512
+"""What it costs to take up and leave unfinished sums of dE, in elements of depth."""
+
+_LAUNCHES = 1600
+"""What the launches of a chunk cost, likewise."""
+
+
+class DenseCut(NamedTuple):
+    """What the launches of a chunk are given.
+
+    Attributes
+    ----------
+    columns : int
+        Of a chunk, a multiple of 128.
+    blocks : int
+        Of the grids.
+    unit_tiles, group : int
+        The order of work of dz, as of the forward.
+    """
+
+    columns: int
+    blocks: int
+    unit_tiles: int
+    group: int
+
+
+def plan_dense(
+    tokens: int, vocab: int, dim: int, itemsize: int, processors: int, most_blocks: int
+) -> DenseCut | None:
+    """Cut the vocabulary into chunks of which the last round of work is as full as the others.
+
+    Parameters
+    ----------
+    tokens, vocab, dim : int
+        Sizes of the problem.
+    itemsize : int
+        Bytes of an element.
+    processors : int
+        Multiprocessors of the device.
+    most_blocks : int
+        Blocks of 128 columns whose dz there is room for.
+
+    Returns
+    -------
+    DenseCut or None
+        None where there is no room for a block.
+    """
+    clusters, blocks = processors // _CLUSTER, -(-vocab // ORDER_BLOCK)
+    if most_blocks < 1 or clusters < 1:
+        return None
+    parts, row_pairs = -(-dim // _WIDTH), -(-tokens // (_CLUSTER * ROW_TILE))
+
+    def cost(chunk_blocks: int) -> float:
+        columns = min(chunk_blocks * ORDER_BLOCK, vocab)
+        chunks = -(-blocks // chunk_blocks)
+        embeddings = row_pairs * parts
+        items = embeddings + -(-chunk_blocks // _CLUSTER) * parts
+        each = columns + (_UNFINISHED if chunks > 1 else 0)
+        longest = 0
+        for first in range(min(clusters, items)):
+            mine = -(-(items - first) // clusters)
+            of_e = max(-(-(embeddings - first) // clusters), 0)
+            longest = max(longest, of_e * each + (mine - of_e) * tokens)
+        tiles = -(-columns // _TILE_COLUMNS)
+        unit_tiles, _ = cut_units(row_pairs, tiles, clusters, 1)
+        rounds = -(-row_pairs * -(-tiles // unit_tiles) // clusters)
+        logits = rounds * unit_tiles * dim * _TILE_COLUMNS / _WIDTH
+        return chunks * (longest + logits + _LAUNCHES)
+
+    least = -(-blocks // most_blocks)
+    candidates = {-(-blocks // n) for n in range(least, least + least // 2 + 2) if n <= blocks}
+    chunk_blocks = min(sorted(candidates), key=cost)
+    tiles = -(-min(chunk_blocks * ORDER_BLOCK, vocab) // _TILE_COLUMNS)
+    row_bytes = _CLUSTER * ROW_TILE * dim * itemsize
+    unit_tiles, group = cut_units(row_pairs, tiles, clusters, row_bytes)
+    return DenseCut(chunk_blocks * ORDER_BLOCK, _CLUSTER * clusters, unit_tiles, group)

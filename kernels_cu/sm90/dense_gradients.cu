@@ -1,0 +1,218 @@
+// dE and dC on Hopper where every column is kept and every token counts: products of dz, a matrix (rows,
+// columns of a chunk), with the chunk's rows of c, and of its transpose with e. Two blocks share what both
+// multiply with.
+
+#include "gradients.cuh"
+
+namespace cce {
+
+constexpr int kCluster = 2;
+constexpr int kDenseCopyRegisters = 40;
+constexpr int kDenseSumRegisters = 232;
+
+struct DenseGradientArguments {
+  const int64* count;
+  int64 tokens;   // nothing is done unless all of them count
+  int64 dim;
+  int64 first;    // column of the chunk
+  int64 columns;  // of the chunk
+  int64 vocab;
+  double scale;           // of the logits
+  const uint32* largest;  // of the rows' factors, as an integer
+  unsigned short* low;    // (tokens, D): low halves of unfinished sums; the high ones wait in de
+  Storage* de;            // or null, as dc
+  Storage* dc;
+};
+
+struct DenseStage {
+  Storage dz[2][kTileK * kTileK];  // rows along the depth, 64 rows each; or across, 64 columns each
+  Storage other[kSpread][kTileK * kTileK];
+};
+struct alignas(1024) DenseShared {
+  DenseStage stage[kStages];
+  RingBarriers<kStages> ring;
+};
+static_assert(sizeof(DenseShared) + alignof(DenseShared) <= 224256,
+              "_BACKWARD_SHARED_BYTES of compiler.py");
+
+// The work: 256 of D for two row tiles, then 256 of D for two blocks of columns; what shares its rows of dz
+// goes together.
+struct DenseItem {
+  bool embedding;
+  int part;   // of D
+  int place;  // of this block's 128 rows, or columns
+  int steps;
+
+  __device__ __forceinline__ DenseItem(const DenseGradientArguments& call, int at, uint32 rank) {
+    const int parts = count_parts(call), embeddings = count_embeddings(call);
+    embedding = at < embeddings;
+    const int own = embedding ? at : at - embeddings;
+    part = own % parts;
+    place = (own / parts * kCluster + static_cast<int>(rank)) * kRowTile;
+    steps = static_cast<int>(((embedding ? call.columns : call.tokens) + kTileK - 1) / kTileK);
+  }
+  __device__ __forceinline__ static int count_parts(const DenseGradientArguments& call) {
+    return static_cast<int>((call.dim + kWidth - 1) / kWidth);
+  }
+  __device__ __forceinline__ static int pairs(int64 length) {
+    constexpr int kBoth = kCluster * kRowTile;
+    return static_cast<int>((length + kBoth - 1) / kBoth);
+  }
+  __device__ __forceinline__ static int count_embeddings(const DenseGradientArguments& call) {
+    return call.de == nullptr ? 0 : pairs(call.tokens) * count_parts(call);
+  }
+  __device__ __forceinline__ static int count(const DenseGradientArguments& call) {
+    const int classifiers = call.dc == nullptr ? 0 : pairs(call.columns) * count_parts(call);
+    return count_embeddings(call) + classifiers;
+  }
+};
+
+struct DenseMaps {
+  TensorMap dz;
+  TensorMap e;
+  TensorMap c;  // of the chunk's rows
+};
+
+// One thread of each block asks for boxes: its own of dz, and half of the others for both.
+__device__ __forceinline__ void copy_boxes(DenseShared& shared, const DenseMaps& maps,
+                                           const DenseGradientArguments& call, uint32 rank) {
+  const int items = DenseItem::count(call);
+  RingPlace<kStages> place;
+  prefetch_map(maps.dz);
+  prefetch_map(maps.e);
+  prefetch_map(maps.c);
+  for (int at = blockIdx.x / kCluster; at < items; at += gridDim.x / kCluster) {
+    const DenseItem item(call, at, rank);
+    const TensorMap& other = item.embedding ? maps.c : maps.e;
+    for (int step = 0; step < item.steps; ++step, place.next()) {
+      DenseStage& stage = shared.stage[place.stage];
+      wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
+      const uint32 full = shared_address(&shared.ring.full[place.stage]);
+      mbarrier_expect_bytes(full, sizeof(stage));
+      const int depth = step * kTileK;
+      for (int half = 0; half < 2; ++half) {
+        const int along = item.place + half * kTileK;
+        copy_box(shared_address(stage.dz[half]), maps.dz, item.embedding ? depth : along,
+                 item.embedding ? along : depth, full, kEvictFirst);
+      }
+      constexpr int kShare = kSpread / kCluster;
+      for (int i = 0; i < kShare; ++i) {
+        const int part = static_cast<int>(rank) * kShare + i;
+        copy_box_to_blocks(shared_address(stage.other[part]), other,
+                           item.part * kWidth + part * kTileK, depth, full, (1 << kCluster) - 1,
+                           kEvictLast);
+      }
+    }
+  }
+}
+
+// Hand a stage back, in both blocks: once for each group that multiplies.
+__device__ __forceinline__ void release_to_all(const uint64& empty) {
+  const int thread = threadIdx.x % kGroupThreads;
+  if (thread < kCluster) mbarrier_arrive_mapped(map_to_block(shared_address(&empty), thread));
+}
+
+// Add the products of an item, whose rows of dz lie across the depth where kAcross is 1.
+template <int kAcross>
+__device__ __forceinline__ void multiply(float (&sums)[kGradients], DenseShared& shared, int consumer,
+                                         int steps, RingPlace<kStages>& place) {
+  int done = 0;
+  for (int step = 0; step < steps; ++step) {
+    wait_for(shared.ring.full[place.stage], place.parity);
+    const DenseStage& stage = shared.stage[place.stage];
+    product_fence();
+    start_gradients<kAcross>(sums, stage.dz[consumer], stage.other);
+    if (step > 0) {
+      product_wait<1>();
+      release_to_all(shared.ring.empty[done]);
+    }
+    done = place.stage;
+    place.next();
+  }
+  product_wait<0>();
+  settle(sums);
+  release_to_all(shared.ring.empty[done]);
+}
+
+__device__ __forceinline__ void form_items(DenseShared& shared, const DenseGradientArguments& call,
+                                           uint32 rank) {
+  const int consumer = threadIdx.x / kGroupThreads - 1, thread = threadIdx.x % kGroupThreads;
+  const int q = thread % 4, dim = static_cast<int>(call.dim);
+  const int items = DenseItem::count(call), embeddings = DenseItem::count_embeddings(call);
+  const bool begins = call.first == 0, ends = call.first + call.columns >= call.vocab;
+  const float scale = static_cast<float>(call.scale) / record_scale(call.largest);
+  const float none[2] = {};
+  const int own = consumer * 64 + thread / 32 * 16 + thread % 32 / 4;
+  RingPlace<kStages> place;
+  int at = blockIdx.x / kCluster;
+  for (; at < min(items, embeddings); at += gridDim.x / kCluster) {
+    const DenseItem item(call, at, rank);
+    Storage* row[2];
+    unsigned short* low[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64 number = item.place + own + 8 * half;
+      row[half] = number < call.tokens ? call.de + number * call.dim : nullptr;
+      low[half] = call.low + number * call.dim;
+    }
+    float sums[kGradients] = {};
+    // Sums go on from where the chunk before left them.
+    if (!begins) take_kept_sums(sums, item.part, dim, row, low, q);
+    settle(sums);
+    multiply<0>(sums, shared, consumer, item.steps, place);
+    if (ends) {
+      store_rows(sums, item.part, dim, scale, nullptr, none, 0.0f, row, q);
+    } else {
+      keep_sums(sums, item.part, dim, row, low, q);
+    }
+  }
+  for (; at < items; at += gridDim.x / kCluster) {
+    const DenseItem item(call, at, rank);
+    float sums[kGradients] = {};
+    settle(sums);
+    multiply<1>(sums, shared, consumer, item.steps, place);
+    Storage* row[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64 number = item.place + own + 8 * half;
+      row[half] = number < call.columns ? call.dc + (call.first + number) * call.dim : nullptr;
+    }
+    store_rows(sums, item.part, dim, scale, nullptr, none, 0.0f, row, q);
+  }
+}
+
+}  // namespace cce
+
+using namespace cce;
+
+// Grid: as many clusters as fit on the device.
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
+    dense_gradients(const __grid_constant__ DenseMaps maps,
+                    const __grid_constant__ DenseGradientArguments call) {
+  if (*call.count != call.tokens) return;
+  extern __shared__ unsigned char memory[];
+  DenseShared& shared = *reinterpret_cast<DenseShared*>(
+      memory +
+      (alignof(DenseShared) - shared_address(memory) % alignof(DenseShared)) % alignof(DenseShared));
+  const uint32 rank = rank_in_cluster();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(shared_address(&shared.ring.full[i]), 1);
+      mbarrier_init(shared_address(&shared.ring.empty[i]), kCluster * kConsumers);
+    }
+    fence_barrier_init();
+    fence_async_proxy();
+  }
+  cluster_arrive();
+  cluster_wait();
+  if (threadIdx.x < kGroupThreads) {
+    give_registers<kDenseCopyRegisters>();
+    if (threadIdx.x == 0) copy_boxes(shared, maps, call, rank);
+  } else {
+    take_registers<kDenseSumRegisters>();
+    form_items(shared, call, rank);
+  }
+  // No block may leave while another still copies to it or hands stages back to it.
+  cluster_arrive();
+  cluster_wait();
+}
