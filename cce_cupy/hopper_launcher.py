@@ -82,14 +82,8 @@ class HopperLauncher(Launcher):
                 *(room["records"] + at for at in cut.scratch), active, ordered,
                 cooperative=True,
             )  # fmt: skip
-        maps = (
-            TensorMap(address, shape, stride, problem.dtype, (_BOX, _BOX))
-            for address, shape, stride in (
-                (inputs.e.pointer, (problem.tokens, problem.dim), inputs.e.stride),
-                (inputs.c.pointer, (problem.vocab, problem.dim), inputs.c.stride),
-                (room["records"], (cut.pairs_in_one, ROW_TILE), ROW_TILE),
-            )
-        )
+        shape = problem.tokens, problem.dim
+        e_map = TensorMap(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, (_BOX, _BOX))
         lists: tuple[int, ...] = room["list"], room["item"], 0, 0
         passed: tuple[int, ...] = 0, 0
         if sweep.filtered:
@@ -107,7 +101,7 @@ class HopperLauncher(Launcher):
         counts = sweep.filtered and (sweep.c or not in_columns)
         smoothing = room["smoothing"] if plan.smooths else 0
         self.launch(
-            "sm90/backward", "backward", (cut.blocks, 1), (_THREADS, 1), *maps,
+            "sm90/backward", "backward", (cut.blocks, 1), (_THREADS, 1), e_map,
             *self.e, *self.c, *self.map, inputs.bias, 0 if rank_one else smoothing, problem.dim,
             *self.logit_options, *(self.filter() if sweep.filtered else (0.0, 1.0, False)),
             part.first_tile, part.tiles, *order, room["row_lse"], *self.factors(),

@@ -9,7 +9,7 @@ using namespace cce;
 
 // A cooperative launch of one block for each multiprocessor.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    backward(const __grid_constant__ Maps maps, const __grid_constant__ BackwardArguments call) {
+    backward(const __grid_constant__ TensorMap e_map, const __grid_constant__ BackwardArguments call) {
   if (*call.map.count == call.dense_rows) return;
   extern __shared__ unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(
@@ -57,9 +57,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (int k = 0; k < chunks; ++k) {
       const Chunk chunk(call.order, k);
       prepare(chunk);
-      copy_logits(shared, maps, call, chunk, row_tiles, count, zeros, queue, place);
+      copy_logits(shared, e_map, call, chunk, row_tiles, count, zeros, queue, place);
       barrier.wait();
-      copy_gradients(shared, maps, call, chunk, row_tiles, count, k == chunks - 1, queue, place);
+      copy_gradients(shared, e_map, call, chunk, row_tiles, count, k == chunks - 1, queue, place);
       barrier.wait();
     }
     zeros.store(shared, call, zeros.last);
@@ -70,7 +70,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       const Chunk chunk(call.order, k);
       prepare(chunk);
       form_dlogits(shared, call, chunk, row_tiles, count, queue, place);
-      if (follows(call)) fence_async_proxy_everywhere();
       barrier.wait();
       if (call.dbias != nullptr) form_bias(shared, call, chunk, row_tiles);
       form_gradients(shared, call, chunk, row_tiles, count, k == 0, k == chunks - 1, queue, place);

@@ -78,13 +78,6 @@ struct Shared {
 // What the host must give a launch; a stage may have to move up to where its alignment is.
 static_assert(sizeof(Shared) + alignof(Stage) == 224256, "_BACKWARD_SHARED_BYTES of compiler.py");
 
-// By which boxes of 64 rows and 64 columns are copied.
-struct Maps {
-  TensorMap e;
-  TensorMap c;
-  TensorMap dz;  // records
-};
-
 struct BackwardArguments {
   Matrix e;
   Matrix c;
@@ -123,12 +116,6 @@ struct BackwardArguments {
   int* arrived;
   int64 dense_rows;  // if as many rows count the gradients are there: dense_gradients.cu formed them
 };
-
-// Whether a chunk's columns and their records follow one another, and every row of c counts: boxes bring
-// what words bring otherwise.
-__device__ __forceinline__ bool follows(const BackwardArguments& call) {
-  return call.order.whole() && call.bias == nullptr;
-}
 
 // The rows of a tile.
 struct SweepTile {

@@ -23,7 +23,7 @@ struct LogitItem {
       : tile(item % kMostRowTiles), number(item / kMostRowTiles) {}
 };
 
-__device__ __forceinline__ void copy_logits(Shared& shared, const Maps& maps,
+__device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_map,
                                             const BackwardArguments& call, const Chunk& chunk,
                                             int row_tiles, int64 count, ZeroRows& zeros,
                                             Queue& queue, RingPlace<kStages>& place) {
@@ -40,8 +40,6 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const Maps& maps,
     zeros.store(shared, call, shared.rows_of_item);
     const LogitItem item(at);
     const SweepTile rows(shared, call, count, item.tile);
-    const bool boxes = follows(call);
-    const int left = chunk.first * kOrderBlock + item.number * kPairs;
     const int* list = call.list + list_start(shared, call, chunk, item.tile) + item.number * kPairs;
     const int last = shared.pairs[item.tile] - item.number * kPairs - 1;
     // Words of this thread, one of eight in each row; numbers of 32 bits, as many as registers hold. Of
@@ -77,24 +75,20 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const Maps& maps,
       const int d = step * kTileK + word * kWordElements;
       const uint32 bytes = d < dim ? kWordBytes : 0;
       if (thread == 0) {
-        const int bytes_of_boxes =
-            (rows.follow ? sizeof(stage.e) : 0) + (boxes ? sizeof(stage.c) : 0);
-        mbarrier_expect_bytes(full, bytes_of_boxes);
-        if (rows.follow)
+        if (rows.follow) {
+          mbarrier_expect_bytes(full, sizeof(stage.e));
           for (int half = 0; half < 2; ++half)
-            copy_box(shared_address(stage.e + half * kTileK * kTileK), maps.e, step * kTileK,
+            copy_box(shared_address(stage.e + half * kTileK * kTileK), e_map, step * kTileK,
                      rows.source + half * kTileK, full, kEvictLast);
-        if (boxes)
-          for (int part = 0; part < kPairs / kTileK; ++part)
-            copy_box(shared_address(stage.c + part * kTileK * kTileK), maps.c, step * kTileK,
-                     left + part * kTileK, full, kEvictLast);
+        } else {
+          mbarrier_arrive(full, 1);
+        }
       }
       const uint32 c = shared_address(stage.c) + in_tile;
-      if (!boxes)
 #pragma unroll
-        for (int i = 0; i < kColumnsOfThread; i += kCopies)
-          copy(c + i * kRowStep * kTileK * sizeof(Storage), call.c.data + step * kTileK,
-               word_of_column + i, bytes, false);
+      for (int i = 0; i < kColumnsOfThread; i += kCopies)
+        copy(c + i * kRowStep * kTileK * sizeof(Storage), call.c.data + step * kTileK,
+             word_of_column + i, bytes, false);
       if (!rows.follow)
         copy(shared_address(stage.e) + in_tile, call.e.data + step * kTileK, word_of_row, bytes,
              true);

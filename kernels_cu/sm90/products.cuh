@@ -81,7 +81,7 @@ __device__ __forceinline__ void copy_row(Storage (&to)[kSpread][kTileK * kTileK]
               there && d + part * kTileK < dim ? kWordBytes : 0);
 }
 
-__device__ __forceinline__ void copy_embedding(Shared& shared, const Maps& maps, const BackwardArguments& call,
+__device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArguments& call,
                                                const Chunk& chunk, const GradientItem& item,
                                                RingPlace<kStages>& place, KeptAddresses& kept) {
   constexpr int kRowsOfThread = kTileK / kRowStep;
@@ -95,24 +95,6 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const Maps& maps,
                           : passed_start(shared, call, chunk, item.place);
   // A stage of zeros at least, so that whoever multiplies need not ask whether there is one.
   const int steps = max((pairs + kTileK - 1) / kTileK, 1);
-  int step = 0;
-  // Where whole boxes follow one another; what is left over comes in words.
-  for (const int boxes = follows(call) ? pairs / kTileK : 0; step < boxes; ++step, place.next()) {
-    EmbeddingStage& stage = shared.stage[place.stage].embedding;
-    wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
-    const uint32 full = shared_address(&shared.ring.full[place.stage]);
-    if (thread == 0) {
-      mbarrier_expect_bytes(full, sizeof(stage));
-      for (int half = 0; half < kRowTile / kTileK; ++half)
-        copy_box(shared_address(stage.dz[half]), maps.dz, half * kTileK, start + step * kTileK, full,
-                 kEvictFirst);
-      for (int part = 0; part < kSpread; ++part)
-        copy_box(shared_address(stage.c[part]), maps.c, item.part * kWidth + part * kTileK,
-                 chunk.first * kOrderBlock + step * kTileK, full, kEvictLast);
-    }
-    arrive_after_words(full);
-  }
-  if (step == steps) return;
   // Pairs are looked up three steps ahead, their columns two: whoever waited for them would be what the
   // products wait for.
   constexpr int kAhead = 2;
@@ -134,10 +116,10 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const Maps& maps,
     }
     look_up_pairs(step);
   };
-  look_up_pairs(step);
-  advance(step + 1);
-  advance(step + 2);
-  for (; step < steps; ++step, place.next()) {
+  look_up_pairs(0);
+  advance(1);
+  advance(2);
+  for (int step = 0; step < steps; ++step, place.next()) {
     EmbeddingStage& stage = shared.stage[place.stage].embedding;
     wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
     const uint32 full = shared_address(&shared.ring.full[place.stage]);
@@ -163,7 +145,7 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const Maps& maps,
   }
 }
 
-__device__ __forceinline__ void copy_classifier(Shared& shared, const Maps& maps,
+__device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap& e_map,
                                                 const BackwardArguments& call, const Chunk& chunk,
                                                 const GradientItem& item, int row_tiles, int64 count,
                                                 RingPlace<kStages>& place, KeptAddresses& kept) {
@@ -208,10 +190,6 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const Maps& maps
         const int64 row = call.map.source[rows.top + min(first + i * kRowStep, rows.number - 1)];
         word_of_row[i] = static_cast<uint32>(row * (call.e.stride / kWordElements)) + word;
       }
-    // A whole block's records follow one another.
-    const int base = shared.start[tile] + before;
-    const bool boxes =
-        follows(call) && (block + 1) * static_cast<int64>(kOrderBlock) <= call.order.kept.vocab;
     tile = tiles.next();
     look();
     for (int half = 0; half < 2; ++half, place.next()) {
@@ -219,23 +197,20 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const Maps& maps
       wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
       const uint32 full = shared_address(&shared.ring.full[place.stage]);
       if (thread == 0) {
-        mbarrier_expect_bytes(full,
-                              (rows.follow ? sizeof(stage.e) : 0) + (boxes ? sizeof(stage.dz) : 0));
-        if (rows.follow)
+        if (rows.follow) {
+          mbarrier_expect_bytes(full, sizeof(stage.e));
           for (int part = 0; part < kSpread; ++part)
-            copy_box(shared_address(stage.e[part]), maps.e, item.part * kWidth + part * kTileK,
+            copy_box(shared_address(stage.e[part]), e_map, item.part * kWidth + part * kTileK,
                      rows.source + half * kTileK, full, kEvictLast);
-        if (boxes)
-          for (int part = 0; part < kOrderBlock / kTileK; ++part)
-            copy_box(shared_address(stage.dz + part * kTileK * kTileK), maps.dz, half * kTileK,
-                     base + part * kTileK, full, kEvictFirst);
+        } else {
+          mbarrier_arrive(full, 1);
+        }
       }
       const uint32 dz = shared_address(stage.dz) + in_tile;
-      if (!boxes)
 #pragma unroll
-        for (int i = 0; i < kColumnsOfThread; ++i)
-          copy_word(dz + i * kRowStep * kTileK * sizeof(Storage), record[i] + half * kTileK,
-                    there >> i & 1 ? kWordBytes : 0);
+      for (int i = 0; i < kColumnsOfThread; ++i)
+        copy_word(dz + i * kRowStep * kTileK * sizeof(Storage), record[i] + half * kTileK,
+                  there >> i & 1 ? kWordBytes : 0);
       if (!rows.follow) {
         const Storage* row[kRowsOfThread];
 #pragma unroll
@@ -249,28 +224,26 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const Maps& maps
       }
       arrive_after_words(full);
     }
-    if (!boxes) kept.keep(record);
+    kept.keep(record);
   }
 }
 
-__device__ __forceinline__ void copy_gradients(Shared& shared, const Maps& maps,
+__device__ __forceinline__ void copy_gradients(Shared& shared, const TensorMap& e_map,
                                                const BackwardArguments& call, const Chunk& chunk,
                                                int row_tiles, int64 count, bool last, Queue& queue,
                                                RingPlace<kStages>& place) {
   const int limit = count_gradients(call, chunk, row_tiles), parts = count_parts(call);
   if (call.de != nullptr && !call.order.whole())
     list_passed(shared, call, chunk, row_tiles, last);
-  // Records were written in the ordinary way, by other blocks too.
-  if (follows(call)) fence_async_proxy_everywhere();
   auto item_of = [](int at) { return at; };
   KeptAddresses kept;
   queue.start(limit, item_of);
   for (int at; (at = queue.publish(shared, limit, item_of)) != Queue::kNoItem;) {
     const GradientItem item(call, row_tiles, parts, at);
     if (item.embedding) {
-      copy_embedding(shared, maps, call, chunk, item, place, kept);
+      copy_embedding(shared, call, chunk, item, place, kept);
     } else {
-      copy_classifier(shared, maps, call, chunk, item, row_tiles, count, place, kept);
+      copy_classifier(shared, e_map, call, chunk, item, row_tiles, count, place, kept);
     }
   }
   kept.finish();

@@ -63,11 +63,6 @@ __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// The same for all memory: before copies by descriptor of what other blocks have written.
-__device__ __forceinline__ void fence_async_proxy_everywhere() {
-  asm volatile("fence.proxy.async;" ::: "memory");
-}
-
 // Barriers of some of a block's threads, by number.
 
 template <int kNumber, int kThreads>
