@@ -74,15 +74,12 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
       const uint32 full = shared_address(&shared.ring.full[place.stage]);
       const int d = step * kTileK + word * kWordElements;
       const uint32 bytes = d < dim ? kWordBytes : 0;
-      if (thread == 0) {
-        if (rows.follow) {
-          mbarrier_expect_bytes(full, sizeof(stage.e));
-          for (int half = 0; half < 2; ++half)
-            copy_box(shared_address(stage.e + half * kTileK * kTileK), e_map, step * kTileK,
-                     rows.source + half * kTileK, full, kEvictLast);
-        } else {
-          mbarrier_arrive(full, 1);
-        }
+      if (thread == 0) mbarrier_expect_bytes(full, rows.follow ? sizeof(stage.e) : 0);
+      // A box for each of two warps: one that asked for both would keep the others waiting.
+      if (rows.follow && thread % 32 == 0 && thread < kRowTile / 2) {
+        const int half = thread / 32;
+        copy_box(shared_address(stage.e + half * kTileK * kTileK), e_map, step * kTileK,
+                 rows.source + half * kTileK, full, kEvictLast);
       }
       const uint32 c = shared_address(stage.c) + in_tile;
 #pragma unroll

@@ -9,6 +9,8 @@
 
 namespace cce {
 
+static_assert(kSpread == kGroupThreads / 32, "a box for each warp that copies");
+
 __device__ __forceinline__ int count_parts(const BackwardArguments& call) {
   return static_cast<int>((call.dim + kWidth - 1) / kWidth);
 }
@@ -71,8 +73,15 @@ struct KeepingTiles {
   }
 };
 
-// A thread's words of a row of 256 elements of D, `d` the first of them, to a stage; zeros past the end of
-// D, and for a row that is not there.
+// A thread's words of a row of 256 elements of D to a stage.
+__device__ __forceinline__ void copy_whole_row(Storage (&to)[kSpread][kTileK * kTileK],
+                                               const Storage* from, uint32 place) {
+#pragma unroll
+  for (int part = 0; part < kSpread; ++part)
+    copy_whole_word(shared_address(to[part]) + place, from + part * kTileK);
+}
+// The same with zeros past the end of D, `d` the first of the thread's elements, and for a row that is not
+// there.
 __device__ __forceinline__ void copy_row(Storage (&to)[kSpread][kTileK * kTileK], const Storage* from,
                                          bool there, int d, int dim, uint32 place) {
 #pragma unroll
@@ -130,14 +139,30 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArg
       from[i] = call.dz + static_cast<int64>(max(pair[0][i], 0)) * kRowTile + word * kWordElements;
       from[kRowsOfThread + i] = call.c.row(max(column[0][i], 0)) + d;
     }
+    // Most steps are whole: each copy spared a condition is an instruction less, and those who copy are what
+    // this phase waits for.
+    bool all = item.part * kWidth + kWidth <= dim;
 #pragma unroll
-    for (int i = 0; i < kRowsOfThread; ++i) {
-      const uint32 to = in_tile + i * kRowStep * kTileK * sizeof(Storage);
+    for (int i = 0; i < kRowsOfThread; ++i) all = all && column[0][i] >= 0;
+    if (all) {
 #pragma unroll
-      for (int half = 0; half < kRowTile / kTileK; ++half)
-        copy_word(shared_address(stage.dz[half]) + to, from[i] + half * kTileK,
-                  pair[0][i] < 0 ? 0 : kWordBytes);
-      copy_row(stage.c, from[kRowsOfThread + i], column[0][i] >= 0, d, dim, to);
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        const uint32 to = in_tile + i * kRowStep * kTileK * sizeof(Storage);
+#pragma unroll
+        for (int half = 0; half < kRowTile / kTileK; ++half)
+          copy_whole_word(shared_address(stage.dz[half]) + to, from[i] + half * kTileK);
+        copy_whole_row(stage.c, from[kRowsOfThread + i], to);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        const uint32 to = in_tile + i * kRowStep * kTileK * sizeof(Storage);
+#pragma unroll
+        for (int half = 0; half < kRowTile / kTileK; ++half)
+          copy_word(shared_address(stage.dz[half]) + to, from[i] + half * kTileK,
+                    pair[0][i] < 0 ? 0 : kWordBytes);
+        copy_row(stage.c, from[kRowsOfThread + i], column[0][i] >= 0, d, dim, to);
+      }
     }
     kept.keep(from);
     arrive_after_words(full);
@@ -160,16 +185,17 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
   // What the next tile keeps is on its way while this one's words are copied.
   int tile = tiles.next(), before = 0;
   uint32 words[kWordsOfBlock];
+  // Behind the last one the first is looked up, for nothing: a value that a branch may leave as it was has
+  // to be waited for.
   auto look = [&] {
-    if (tile < 0) return;
-    call.order.read_words(words, tile, block);
-    before = call.order.kept_before(tile, block);
+    call.order.read_words(words, max(tile, 0), block);
+    before = call.order.kept_before(max(tile, 0), block);
   };
   look();
   while (tile >= 0) {
     int rank = shared.start[tile] + before;
     const Storage* record[kColumnsOfThread];
-    uint32 there = 0;
+    uint32 bytes[kColumnsOfThread];
 #pragma unroll
     for (int k = 0; k < kWordsOfBlock; ++k) {
 #pragma unroll
@@ -178,7 +204,7 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
         const uint32 kept_here = words[k] >> bit & 1;
         const int pair = kept_here ? rank + __popc(words[k] & ((1u << bit) - 1u)) : 0;
         record[at] = call.dz + static_cast<int64>(pair) * kRowTile + word * kWordElements;
-        there |= kept_here << at;
+        bytes[at] = kept_here * kWordBytes;
       }
       rank += __popc(words[k]);
     }
@@ -196,21 +222,18 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
       ClassifierStage& stage = shared.stage[place.stage].classifier;
       wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
       const uint32 full = shared_address(&shared.ring.full[place.stage]);
-      if (thread == 0) {
-        if (rows.follow) {
-          mbarrier_expect_bytes(full, sizeof(stage.e));
-          for (int part = 0; part < kSpread; ++part)
-            copy_box(shared_address(stage.e[part]), e_map, item.part * kWidth + part * kTileK,
-                     rows.source + half * kTileK, full, kEvictLast);
-        } else {
-          mbarrier_arrive(full, 1);
-        }
+      if (thread == 0) mbarrier_expect_bytes(full, rows.follow ? sizeof(stage.e) : 0);
+      // A box for each warp: one that asked for all would keep the others waiting.
+      if (rows.follow && thread % 32 == 0) {
+        const int part = thread / 32;
+        copy_box(shared_address(stage.e[part]), e_map, item.part * kWidth + part * kTileK,
+                 rows.source + half * kTileK, full, kEvictLast);
       }
       const uint32 dz = shared_address(stage.dz) + in_tile;
 #pragma unroll
       for (int i = 0; i < kColumnsOfThread; ++i)
         copy_word(dz + i * kRowStep * kTileK * sizeof(Storage), record[i] + half * kTileK,
-                  there >> i & 1 ? kWordBytes : 0);
+                  bytes[i]);
       if (!rows.follow) {
         const Storage* row[kRowsOfThread];
 #pragma unroll

@@ -153,6 +153,11 @@ __device__ __forceinline__ void copy_word(uint32 to, const void* from, uint32 by
                : "memory");
 }
 
+// The same without a condition.
+__device__ __forceinline__ void copy_whole_word(uint32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
 // Volatile, so that nothing is put together with it or moved past copies.
 __device__ __forceinline__ uint32 xor_of_three(uint32 a, uint32 b, uint32 c) {
   uint32 result;
