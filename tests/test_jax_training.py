@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parent / "benchmarks"
 def test_comparison(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(FOLDER))
+    import jax_tables
     import jax_training
 
     results, picture = tmp_path / "training.json", tmp_path / "training.svg"
@@ -21,7 +22,7 @@ def test_comparison(monkeypatch, tmp_path):
     given = [f"--{name}={size}" for name, size in (sizes | {"steps": 5, "seeds": 2}).items()]
     jax_training.main([f"--results={results}", f"--picture={picture}", *given])
     record = json.loads(results.read_text())
-    curves = {name: [] for name in jax_training.LOSSES}
+    curves = {name: [] for name in jax_tables.LOSSES}
     for run in record["runs"]:
         assert len(run["trained"]) == 5
         curves[run["loss"]].append(run["trained"])

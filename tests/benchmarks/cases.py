@@ -8,8 +8,11 @@ from calibrated import Peaks
 
 from cce_cupy.commands.bench import CASES as SIZES
 
-SWEEP = tuple(2**n for n in range(17))
-"""Tokens, from 1 to 65536."""
+SWEEPS = {
+    "tokens": tuple(2**n for n in range(17)),
+    "vocab": tuple(2**n for n in range(15, 20)),
+}
+"""Tokens from 1 to 65536, and vocabularies from 32768 to 524288."""
 
 
 class Case(NamedTuple):

@@ -1,129 +1,104 @@
 """Times on a GPU against the vendor's logits GEMM and against peers, in one process.
 
-    python tests/benchmarks/gpu.py --case gemma3-like wide --json tests/benchmarks/results/h100.json
+    python tests/benchmarks/gpu.py --case gemma3-like wide --json FILE.json
 
-Every case prints the profile of its data, since a filter's speed is a matter of the data. Without
-a GPU, ``cases.py`` and ``calibrated.py`` still work on the CPU.
+Every case prints the profile of its data, since a filter's speed is a matter of the data. The
+record is written after every row, and report.py joins records of several runs. Without a GPU,
+``cases.py`` and ``calibrated.py`` still work on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import importlib.util
-import itertools
-import json
-import math
-import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from calibrated import Inputs, make_inputs, measure_profile, reference_loss
-from cases import CASES, SWEEP, Case
-from picture import draw
+from accuracy import Exact, evaluate_exactly, loss_error, relative_error, seed_errors
+from calibrated import Inputs, make_inputs, measure_profile
+from cases import CASES, SWEEPS, Case
+from peers import ONE_FORWARD, PEERS, AbsentError, Loss
+from records import describe_machine, write_record
 from rich.console import Console
 from rich.table import Table
+from runs import FORWARD, FORWARD_BITS, FOUR_PRODUCTS, GRADIENTS, OURS, UNFILTERED, VENDOR
+from timing import MEBIBYTE, Run, Spans, measure, release, tensors
 
 import cce_cupy
-from cce_cupy.compiler import sources_hash
 
-MEBIBYTE = 2**20
-WARM_UPS = 3
-MOST_PAIRS = 100
-LEAST_CALLS = 5
-HOST_CALLS = 20
+WORKSPACES = (256, 64)
+"""MiB, beside the default."""
 
-PROTOCOL = (
-    "Ratios: run and base (the vendor's logits GEMM, torch.matmul into a preallocated output, "
-    "unless another base is named) alternate in one burst of about {burst:g} s, {least} to {most} "
-    "pairs, after {warm_ups} calls of each to warm up; CUDA events stand around every call and the "
-    "host does not wait between them; ms are medians over the burst, the ratio is the median of "
-    "the pairs' own ratios. Sustained: about {block:g} s of the run alone, back to back, then the "
-    "same of the base; ms are means. TFLOP/s count 2NVD of a forward and 6NVD of loss and "
-    "gradients, whatever a filter or ignored tokens leave out. Extra memory is torch's peak beyond "
-    "what was allocated before the call and the gradients. Host time is the median of {host} calls "
-    "with an idle queue, without waiting for the GPU. The loss error is relative to a float64 "
-    "evaluation of the same inputs."
-)
+SEEDED = (("bfloat16", "auto"), ("float16", "as bfloat16"), ("float16", 2.0**-9))
+"""Dtypes and eps of the comparison of seeds: float16 rounds 8 times finer, and hides less."""
 
-OURS = "ours, "
-FORWARD_BITS = f"{OURS}forward + kept bits"
-FORWARD = f"{OURS}forward alone"
-GRADIENTS = f"{OURS}loss + gradients"
-UNFILTERED = f"{OURS}loss + gradients, no filter"
-
-Run = Callable[[], Any]
+DEVICE = "cuda"
 
 
-@dataclass
-class Row:
-    """The figures of one run; times in ms."""
+class Job(NamedTuple):
+    """A run that is to be measured against a base.
+
+    Attributes
+    ----------
+    run, base : str
+    make : callable
+        Returns the call; what it raises is the reason why there is none.
+    products : int
+        Of the size of the logits' one, that an exact and dense evaluation needs.
+    judged : bool
+        Whether its results are those of the case itself, to be compared with exact ones.
+    """
 
     run: str
     base: str
-    ms: float
-    base_ms: float
-    ratio: float
-    pairs: int
-    sustained_ms: float
-    sustained_base_ms: float
-    sustained_ratio: float
-    tflops: float
-    extra_mib: float
-    host_us: float
-    loss_error: float | None
-    same_bits: bool | None
+    make: Callable[[], Run]
+    products: int
+    judged: bool = True
 
 
-def main() -> None:
-    """Measure, print, and record and draw where asked to."""
-    options = _parser().parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and record where asked to."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.sweep and options.case and len(options.case) > 1:
+        parser.error("--sweep takes one case")
     if not torch.cuda.is_available():
         sys.exit("gpu.py: this torch sees no NVIDIA GPU; tests/benchmarks/cpu.py needs none")
-    names = list(CASES) if options.case == ["all"] else options.case
-    for path in (options.json, options.picture):
-        if path and not path.parent.is_dir():
-            sys.exit(f"gpu.py: there is no folder {path.parent}")
-    if options.picture and importlib.util.find_spec("matplotlib") is None:
-        sys.exit("gpu.py: --picture needs matplotlib; picture.py draws from a --json FILE later")
-    console = Console(width=180)
-    protocol = PROTOCOL.format(
-        burst=options.burst,
-        block=options.block,
-        least=LEAST_CALLS,
-        most=MOST_PAIRS,
-        warm_ups=WARM_UPS,
-        host=HOST_CALLS,
-    )
-    console.print(protocol, highlight=False)
-    record: dict[str, Any] = {"protocol": protocol, **_machine(options.commit), "cases": []}
-    for name in names:
-        case = CASES[name]._replace(
-            **{k: v for k in ("tokens", "dim", "vocab") if (v := getattr(options, k))}
-        )
-        inputs = _inputs(name, case, options, console)
-        if inputs is None:
+    if options.json and not options.json.parent.is_dir():
+        sys.exit(f"gpu.py: there is no folder {options.json.parent}")
+    console = Console(width=200)
+    spans = Spans(options.burst, options.block, options.least)
+    record: dict[str, Any] = {"protocol": spans.protocol, **describe_machine(options.commit)}
+    record["versions"]["cuda"] = torch.version.cuda
+    record["cases"] = []
+    if not options.prepare:
+        console.print(spans.protocol, highlight=False)
+
+    def save() -> None:
+        if options.json:
+            write_record(options.json, record)
+
+    well = True
+    for name, inputs in _all_inputs(options, console):
+        if options.prepare:
+            _prepare(name, inputs, options, console)
             continue
-        for tokens in SWEEP if options.sweep else (len(inputs.e),):
-            part = Inputs(inputs.e[:tokens], inputs.c, inputs.targets[:tokens])
-            found = measure_case(name, part, options)
-            record["cases"].append(found)
-            _show(console, found)
-            if options.json:
-                options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        del inputs, part
-        _release()
-    if options.picture:
-        draw(record, options.picture)
+        found = _describe(name, inputs, options)
+        record["cases"].append(found)
+        save()
+        for line in _measure_case(inputs, found, options, spans):
+            console.print(f"{name}: {line}", highlight=False, markup=False)
+            save()
+        well &= not any(run.startswith(OURS) for run in found["absent"])
+        _show(console, found)
+        del inputs
+        release()
+    if not well:
+        sys.exit("gpu.py: some of our own runs failed")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,12 +106,18 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--case", nargs="+", choices=[*CASES, "all"], default=["gemma3-like"])
     add("--arrays", type=Path, help="safetensors with e, c and targets, for smollm2")
-    add("--sweep", action="store_true", help=f"N from {SWEEP[0]} to {SWEEP[-1]}")
+    add("--sweep", choices=SWEEPS, help="N or V in powers of two, the rest as in the case")
+    add("--between", type=int, nargs=2, metavar=("LEAST", "MOST"), help="part of the sweep")
+    add("--peers-only", action="store_true", help="none of our own runs")
     add("--forward-only", action="store_true", help="no gradients, of ours or of others")
+    add("--no-unfiltered", action="store_true", help="not without a filter, which takes long")
+    add("--workspaces", action="store_true", help="also: gradients in 256 and in 64 MiB")
     add("--options", action="store_true", help="also: bias, softcap and scale")
     add("--ignored", action="store_true", help="also: half of the tokens ignored")
-    add("--compile", action="store_true", help="also: torch.compile, where its logits fit")
-    add("--peers", action="store_true", help="also: cut_cross_entropy and liger_kernel")
+    add("--accuracy", action="store_true", help="also: errors of the gradients")
+    add("--seeds", type=int, default=0, help="also: the mean over so many seeds of the filter")
+    add("--peers", nargs="*", choices=PEERS, help="also: these, or all where none is named")
+    add("--prepare", action="store_true", help="only compile what the other options would time")
     add("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     add("--tokens", type=int, help="instead of the case's own")
     add("--dim", type=int)
@@ -144,138 +125,241 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--burst", type=float, default=2.0, help="seconds of alternating pairs")
     add("--block", type=float, default=1.0, help="seconds of a sustained block")
+    add("--least", type=int, default=5, help="calls of a burst or block, however long they take")
     add("--commit", help="to record where this is no git checkout")
     add("--json", type=Path, help="file to record the figures in")
-    add("--picture", type=Path, help="file to draw them in; needs matplotlib")
     return parser
 
 
-def _inputs(name: str, case: Case, options: argparse.Namespace, console: Console) -> Inputs | None:
-    dtype = getattr(torch, options.dtype)
-    if case.peaks is None:
-        if options.arrays is None:
+def _all_inputs(options: argparse.Namespace, console: Console) -> Iterator[tuple[str, Inputs]]:
+    names = list(CASES) if options.case == ["all"] else options.case
+    for name in names:
+        case = CASES[name]._replace(
+            **{k: v for k in ("tokens", "dim", "vocab") if (v := getattr(options, k))}
+        )
+        if case.peaks is None and options.arrays is None:
             console.print(
                 f"{name}: absent. It takes the real hidden states of a model: --arrays FILE, a "
                 "safetensors file with e (N, D), c (V, D) and targets (N,), as hidden_states.py "
                 "makes it."
             )
-            return None
+            continue
+        for inputs in _inputs(case, options):
+            yield name, inputs
+
+
+def _inputs(case: Case, options: argparse.Namespace) -> Iterator[Inputs]:
+    """Yield the inputs of a case, or those of each step of a sweep."""
+    dtype = getattr(torch, options.dtype)
+    least, most = options.between or (0, 2**62)
+    steps = [size for size in SWEEPS.get(options.sweep, ()) if least <= size <= most]
+    if case.peaks is None:
         from safetensors.torch import load_file
 
-        arrays = load_file(options.arrays, device="cuda")
+        arrays = load_file(options.arrays, device=DEVICE)
         e, c = (arrays[k].to(dtype).flatten(end_dim=-2) for k in ("e", "c"))
-        return Inputs(e, c, arrays["targets"].flatten().long())
-    tokens = SWEEP[-1] if options.sweep else case.tokens
-    return make_inputs(tokens, case.dim, case.vocab, case.peaks, dtype=dtype, seed=options.seed)
+        whole = Inputs(e, c, arrays["targets"].flatten().long())
+    elif options.prepare:
+        whole = _plain_inputs(case, dtype)
+    elif options.sweep == "vocab":
+        for vocab in steps:
+            sizes = case.tokens, case.dim, vocab
+            yield make_inputs(*sizes, case.peaks, dtype=dtype, device=DEVICE, seed=options.seed)
+            release()
+        return
+    else:
+        sizes = max([case.tokens, *steps]), case.dim, case.vocab
+        whole = make_inputs(*sizes, case.peaks, dtype=dtype, device=DEVICE, seed=options.seed)
+    if options.sweep != "tokens":
+        yield whole
+        return
+    for tokens in steps:
+        yield Inputs(whole.e[:tokens], whole.c, whole.targets[:tokens])
 
 
-def measure_case(name: str, inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of a case, as they are recorded."""
+def _plain_inputs(case: Case, dtype: torch.dtype) -> Inputs:
+    """Return inputs of the right sizes, quickly."""
+    e = torch.randn(case.tokens, case.dim, device=DEVICE).to(dtype)
+    c = torch.randn(case.vocab, case.dim, device=DEVICE).to(dtype) / case.dim**0.5
+    return Inputs(e, c, torch.randint(case.vocab, (case.tokens,), device=DEVICE))
+
+
+def _describe(name: str, inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
+    """Return a case's record, without rows yet."""
     (tokens, dim), vocab = inputs.e.shape, len(inputs.c)
-    rows, absent = _time(inputs, options)
     return {
         "case": name,
         "tokens": tokens,
         "dim": dim,
         "vocab": vocab,
         "dtype": str(inputs.e.dtype).removeprefix("torch."),
-        "profile": asdict(measure_profile(*inputs)),
+        "sweep": options.sweep,
+        "profile": None if options.sweep else asdict(measure_profile(*inputs)),
+        "filter": cce_cupy.filter_statistics(*inputs)._asdict(),
         "forward": _left_behind(inputs),
-        "rows": [asdict(row) for row in rows],
-        "absent": absent,
+        "rows": [],
+        "seeds": [],
+        "absent": {},
     }
 
 
-def _time(inputs: Inputs, options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
-    """Return the rows of a case, and why others are not there."""
-    (tokens, dim), vocab = inputs.e.shape, len(inputs.c)
-    logits = torch.empty(tokens, vocab, dtype=inputs.e.dtype, device=inputs.e.device)
-    product = 2e-12 * tokens * vocab * dim
-    exact = reference_loss(*inputs)
-
-    def vendor() -> torch.Tensor:
-        return torch.matmul(inputs.e, inputs.c.T, out=logits)
-
-    rows: list[Row] = []
-    absent: dict[str, str] = {}
-    for run, call, products in _runs(inputs, options):
+def _measure_case(
+    inputs: Inputs, found: dict[str, Any], options: argparse.Namespace, spans: Spans
+) -> Iterator[str]:
+    """Add to a case's record, and say of each row what has been added."""
+    exact = evaluate_exactly(inputs) if options.accuracy else None
+    bases = _bases(inputs)
+    product = 2e-12 * found["tokens"] * found["vocab"] * found["dim"]
+    size = sum(array.nbytes for array in inputs[:2])
+    for job in _jobs(inputs, options):
+        run = job.run
         try:
-            if call is None:
-                absent[run] = "not importable"
-                continue
-            rows.append(
-                _measure(run, call, products * product, inputs, "vendor GEMM", vendor, options)
+            call = job.make()
+            row = measure(
+                run,
+                call,
+                job.base,
+                bases[job.base],
+                tflop=job.products * product,
+                outputs=size if job.products > 1 else 0,
+                spans=spans,
             )
-            rows[-1].loss_error = _loss_error(call(), exact)
+            if job.judged and exact is not None:
+                _judge(row, call(), exact)
+        except AbsentError as error:
+            found["absent"][run] = str(error)
         except (torch.cuda.OutOfMemoryError, MemoryError):
-            absent[run] = "does not fit in memory"
-        except Exception as error:  # a peer's failure is a result, not the end of ours
-            if run.startswith(OURS):
-                raise
-            absent[run] = f"{type(error).__name__}: {error}".partition("\n")[0]
-        _release()
-    for run, call, base, base_call in _variants(inputs, options):
-        rows.append(_measure(run, call, product, inputs, base, base_call, options))
-        _release()
-    return rows, absent
+            found["absent"][run] = "does not fit in memory"
+        except Exception as error:  # one that fails is a result, and not the end of the others
+            found["absent"][run] = f"{type(error).__name__}: {error}".partition("\n")[0]
+        else:
+            found["rows"].append(asdict(row))
+        if reason := found["absent"].get(run):
+            yield f"{run}: {reason}"
+        else:
+            yield f"{run}: {row.ms:.3f} ms, {row.ratio:.3f} of {job.base}"
+        release()
+    if options.seeds:
+        del bases
+        for figures in _compare_seeds(inputs, options.seeds):
+            found["seeds"].append(figures)
+            yield f"{options.seeds} seeds, {figures['dtype']}: {figures['dc']}"
 
 
-def _runs(inputs: Inputs, options: argparse.Namespace) -> Iterator[tuple[str, Run | None, int]]:
-    """Yield what is measured against the vendor's GEMM: name, call, products of that size."""
-    yield FORWARD_BITS, lambda: cce_cupy.linear_cross_entropy_vjp(*inputs), 1
-    yield FORWARD, lambda: cce_cupy.linear_cross_entropy(*inputs), 1
+def _bases(inputs: Inputs) -> dict[str, Run]:
+    """Return what runs are measured against."""
+    e, c, _ = inputs
+    logits = torch.empty(len(e), len(c), dtype=e.dtype, device=e.device)
+    de, dc = torch.empty_like(e), torch.empty_like(c)
+
+    def vendor() -> None:
+        torch.matmul(e, c.T, out=logits)
+
+    def four_products() -> None:
+        vendor()
+        vendor()
+        torch.matmul(logits, c, out=de)
+        torch.matmul(logits.T, e, out=dc)
+
+    plain = {
+        FORWARD_BITS: lambda: cce_cupy.linear_cross_entropy_vjp(*inputs),
+        GRADIENTS: lambda: cce_cupy.linear_cross_entropy_value_and_grad(*inputs),
+    }
+    return {VENDOR: vendor, FOUR_PRODUCTS: four_products, **plain}
+
+
+def _jobs(inputs: Inputs, options: argparse.Namespace) -> Iterator[Job]:
+    """Yield what is measured, ours first."""
     gradients = not options.forward_only
-    if gradients:
-        ours = cce_cupy.linear_cross_entropy_value_and_grad
-        yield GRADIENTS, lambda: ours(*inputs), 3
-        yield UNFILTERED, lambda: ours(*inputs, gradient_filter=None), 3
-    others: dict[str, Callable[..., torch.Tensor] | None] = {}
-    if options.compile:
-        others["torch.compile"] = torch.compile(_materialised, dynamic=False)
-    if options.peers:
-        others["cut_cross_entropy"] = _cut_cross_entropy()
-        others["liger_kernel"] = _liger()
-    e, c = (array.detach().requires_grad_() for array in inputs[:2])
-    for name, function in others.items():
-        if function is None:
-            yield name, None, 1
-            continue
+    if not options.peers_only:
+        yield from _our_jobs(inputs, gradients, options)
+    if options.peers is not None or options.peers_only:
+        for name in options.peers or PEERS:
+            yield from _peer_jobs(name, inputs, gradients)
 
-        def forward(function: Callable[..., torch.Tensor] = function) -> torch.Tensor:
+
+def _our_jobs(inputs: Inputs, gradients: bool, options: argparse.Namespace) -> Iterator[Job]:
+    forward = cce_cupy.linear_cross_entropy_vjp
+    both = cce_cupy.linear_cross_entropy_value_and_grad
+
+    def ours(function: Callable[..., Any], **extra: Any) -> Callable[[], Run]:
+        return lambda: lambda: function(*inputs, **extra)
+
+    yield Job(FORWARD_BITS, VENDOR, ours(forward), 1)
+    yield Job(FORWARD, VENDOR, ours(cce_cupy.linear_cross_entropy), 1)
+    if gradients:
+        yield Job(GRADIENTS, VENDOR, ours(both), 3)
+        for size in WORKSPACES if options.workspaces else ():
+            run = f"{GRADIENTS}, {size} MiB"
+            yield Job(run, VENDOR, ours(both, workspace_bytes=size * MEBIBYTE), 3)
+        if not options.no_unfiltered:
+            yield Job(UNFILTERED, FOUR_PRODUCTS, ours(both, gradient_filter=None), 3)
+    stages = [(FORWARD_BITS, forward, 1)] + ([(GRADIENTS, both, 3)] if gradients else [])
+    if options.options:
+        bias = torch.zeros(len(inputs.c), dtype=inputs.e.dtype, device=inputs.e.device)
+        extras: dict[str, dict[str, Any]] = {"bias": {"bias": bias}, "softcap": {"softcap": 30.0}}
+        extras["scale"] = {"logit_scale": 0.999}
+        for stage, function, products in stages:
+            for name, extra in extras.items():
+                yield Job(f"{stage}, {name}", stage, ours(function, **extra), products, False)
+    if options.ignored:
+        for stage, function, products in stages:
+            for name, mask in _ignored(len(inputs.e)).items():
+                targets = torch.where(mask.to(inputs.e.device), -100, inputs.targets)
+
+                def make(
+                    function: Callable[..., Any] = function, targets: torch.Tensor = targets
+                ) -> Run:
+                    return lambda: function(*inputs[:2], targets)
+
+                yield Job(f"{stage}, half ignored {name}", stage, make, products, False)
+
+
+def _peer_jobs(name: str, inputs: Inputs, gradients: bool) -> Iterator[Job]:
+    e, c = (array.detach().requires_grad_() for array in inputs[:2])
+
+    def make_forward() -> Run:
+        function = PEERS[name]()
+
+        def forward() -> torch.Tensor:
             with torch.no_grad():
                 return function(*inputs)
 
-        def both(function: Callable[..., torch.Tensor] = function) -> tuple[Any, ...]:
+        return forward
+
+    def make_both() -> Run:
+        function: Loss = PEERS[name]()
+
+        def both() -> tuple[Any, ...]:
             loss = function(e, c, inputs.targets)
             loss.backward()
             found = loss.detach(), (e.grad, c.grad)
             e.grad = c.grad = None  # which would count as allocated before the next call
             return found
 
-        yield f"{name}, forward", forward, 1
-        if gradients:
-            yield f"{name}, loss + gradients", both, 3
+        return both
+
+    if name not in ONE_FORWARD:
+        yield Job(f"{name}, forward", VENDOR, make_forward, 1)
+    if gradients:
+        yield Job(f"{name}, loss + gradients", VENDOR, make_both, 3)
 
 
-def _variants(inputs: Inputs, options: argparse.Namespace) -> Iterator[tuple[str, Run, str, Run]]:
-    """Yield variants of our forward, and what each is measured against."""
-    forward = cce_cupy.linear_cross_entropy_vjp
+def _judge(row: Any, found: Any, exact: Exact) -> None:
+    loss, *gradients = tensors(found)
+    row.loss_error = loss_error(loss, exact)
+    if gradients:
+        row.de_error = relative_error(gradients[0], exact.de)
+        row.dc_error = relative_error(gradients[1], exact.dc)
 
-    def plain() -> Any:
-        return forward(*inputs)
 
-    if options.options:
-        bias = torch.zeros(len(inputs.c), dtype=inputs.e.dtype, device=inputs.e.device)
-        extras = {"bias": {"bias": bias}, "softcap": {"softcap": 30.0}}
-        extras["scale"] = {"logit_scale": 0.999}
-        for name, extra in extras.items():
-            run = lambda extra=extra: forward(*inputs, **extra)  # noqa: E731
-            yield f"{FORWARD_BITS}, {name}", run, FORWARD_BITS, plain
-    if options.ignored:
-        for name, ignored in _ignored(len(inputs.e)).items():
-            targets = torch.where(ignored.to(inputs.e.device), -100, inputs.targets)
-            run = lambda targets=targets: forward(*inputs[:2], targets)  # noqa: E731
-            yield f"{FORWARD_BITS}, half ignored {name}", run, FORWARD_BITS, plain
+def _compare_seeds(inputs: Inputs, seeds: int) -> Iterator[dict[str, Any]]:
+    for dtype, eps in SEEDED:
+        chosen = getattr(torch, dtype)
+        some = Inputs(inputs.e.to(chosen), inputs.c.to(chosen), inputs.targets)
+        filter_eps = 16 / len(inputs.c) if eps == "as bfloat16" else eps
+        yield seed_errors(some, evaluate_exactly(some), seeds, filter_eps)
+        release()
 
 
 def _ignored(tokens: int) -> dict[str, torch.Tensor]:
@@ -292,140 +376,19 @@ def _ignored(tokens: int) -> dict[str, torch.Tensor]:
     return {"in runs": runs, "singly": singly}
 
 
-def _materialised(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy((e @ c.T).float(), targets)
-
-
-def _cut_cross_entropy() -> Callable[..., torch.Tensor] | None:
-    if importlib.util.find_spec("cut_cross_entropy") is None:
-        return None
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy
-
-
-def _liger() -> Callable[..., torch.Tensor] | None:
-    if importlib.util.find_spec("liger_kernel") is None:
-        return None
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    loss = LigerFusedLinearCrossEntropyLoss()
-    return lambda e, c, targets: loss(c, e, targets)
-
-
-def _measure(
-    run: str,
-    call: Run,
-    tflop: float,
-    inputs: Inputs,
-    base: str,
-    base_call: Run,
-    options: argparse.Namespace,
-) -> Row:
-    outputs = sum(a.nbytes for a in inputs[:2]) if "gradients" in run else 0
-    # First, so that what a call sets up but once counts for neither its memory nor its time.
-    for _ in range(WARM_UPS):
-        call()
-        base_call()
-    extra = _extra_memory(call, outputs)
-    same = _same_bits(call) if run.startswith(OURS) else None
-    each, base_each = _block(call, 1), _block(base_call, 1)
-    pairs = min(max(math.ceil(options.burst / (each + base_each)), LEAST_CALLS), MOST_PAIRS)
-    times = _pairs(call, base_call, pairs)
-    sustained = _block(call, max(math.ceil(options.block / each), LEAST_CALLS))
-    base_sustained = _block(base_call, max(math.ceil(options.block / base_each), LEAST_CALLS))
-    seconds = statistics.median(own for own, _ in times)
-    return Row(
-        run=run,
-        base=base,
-        ms=1e3 * seconds,
-        base_ms=1e3 * statistics.median(other for _, other in times),
-        ratio=statistics.median(own / other for own, other in times),
-        pairs=pairs,
-        sustained_ms=1e3 * sustained,
-        sustained_base_ms=1e3 * base_sustained,
-        sustained_ratio=sustained / base_sustained,
-        tflops=tflop / seconds,
-        extra_mib=extra / MEBIBYTE,
-        host_us=1e6 * _host_time(call),
-        loss_error=None,
-        same_bits=same,
-    )
-
-
-def _pairs(call: Run, base_call: Run, number: int) -> list[tuple[float, float]]:
-    """Return seconds of both sides of alternating pairs, all enqueued before any is waited for."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * number + 1)]
-    gc.collect()
-    torch.cuda.synchronize()
-    # The GPU has something to do while the host runs ahead of it.
-    base_call()
-    events[0].record()
-    for pair in range(number):
-        call()
-        events[2 * pair + 1].record()
-        base_call()
-        events[2 * pair + 2].record()
-    torch.cuda.synchronize()
-    spans = [1e-3 * a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-    return list(zip(spans[::2], spans[1::2], strict=True))
-
-
-def _block(call: Run, number: int) -> float:
-    """Return the mean seconds of calls that follow each other at once."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(number):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return 1e-3 * start.elapsed_time(end) / number
-
-
-def _host_time(call: Run) -> float:
-    seconds = []
-    for _ in range(HOST_CALLS):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    torch.cuda.synchronize()
-    return statistics.median(seconds)
-
-
-def _extra_memory(call: Run, outputs: int) -> int:
-    """Return the peak of torch's allocations in a call, beyond its gradients, in bytes."""
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    kept = call()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated()
-    del kept
-    return peak - before - outputs
-
-
-def _same_bits(call: Run) -> bool:
-    one, other = (list(_tensors(call())) for _ in range(2))
-    return all(
-        torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-def _tensors(found: Any) -> Iterator[torch.Tensor]:
-    if isinstance(found, torch.Tensor):
-        yield found
-    elif isinstance(found, tuple):
-        for part in found:
-            yield from _tensors(part)
-
-
-def _loss_error(found: Any, exact: float) -> float:
-    error = abs(float(next(_tensors(found))) - exact)
-    return error / exact if exact else error
+def _prepare(name: str, inputs: Inputs, options: argparse.Namespace, console: Console) -> None:
+    """Make every call once, which compiles what is not in a cache yet."""
+    for job in _jobs(inputs, options):
+        begun = time.perf_counter()
+        try:
+            job.make()()
+            torch.cuda.synchronize()
+            result = "ready"
+        except Exception as error:  # it will be recorded when it is measured
+            result = f"{type(error).__name__}: {error}".partition("\n")[0]
+        seconds = time.perf_counter() - begun
+        console.print(f"{name}: {job.run}: {result}, {seconds:.1f} s", markup=False)
+        release()
 
 
 def _left_behind(inputs: Inputs) -> dict[str, Any]:
@@ -451,6 +414,7 @@ def _left_behind(inputs: Inputs) -> dict[str, Any]:
         marked = int((torch.bincount(bits.int(), minlength=256) * of_byte).sum())
         return {
             "tier": call.plan.tier,
+            "backward": "portable" if call.plan.hopper_backward is None else "sm90",
             "filter": call.plan.gradient_filter,
             "eps": call.plan.filter_eps,
             "marked": marked / (call.plan.tiles * len(inputs.c)),
@@ -461,71 +425,20 @@ def _left_behind(inputs: Inputs) -> dict[str, Any]:
         return {"unknown": f"{type(error).__name__}: {error}"}
 
 
-def _release() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def _machine(commit: str | None) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(0)
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    packages = ("cce_cupy", "torch", "triton", "cupy-cuda13x", "cupy-cuda12x", "numpy")
-    for package in (*packages, "cut-cross-entropy", "liger-kernel"):
-        with suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    fields = "driver_version,power.limit,clocks.max.sm"
-    smi = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0")
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
-    found = _output("git", "rev-parse", "HEAD")
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "memory_mib": properties.total_memory // MEBIBYTE,
-        **dict(zip(("driver", "power_limit", "clock_limit"), smi.split(", "), strict=False)),
-        "versions": {"cce_cupy": cce_cupy.__version__} | versions,
-        "commit": commit or (found and found + (" with changes" if changed else "")) or None,
-        "kernels": sources_hash(),
-    }
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(
-            command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
 def _show(console: Console, found: dict[str, Any]) -> None:
-    profile, forward = found["profile"], found["forward"]
-    at = ", ".join(f"{100 * part:.1f} % at 2^-{n}" for n, part in profile["threshold"].items())
-    lines = [
-        f"mean loss {profile['loss']:.2f}; threshold columns kept: {at}",
-        f"unbiased: {100 * profile['unbiased']:.1f} % at 2^-14, {100 * profile['default']:.1f} % "
-        f"at the default 16 / V; 128 x 128 tiles with p >= 2^-12: {100 * profile['tiles']:.0f} %",
-        f"kept by any row tile {100 * profile['union']:.1f} % of V, by one alone "
-        f"{100 * profile['one']:.1f} %, by half or more {100 * profile['half']:.1f} %",
-    ]
-    if "unknown" not in forward:
-        lines.append(
-            f"tier {forward['tier']}; the forward's bits ({forward['filter']}, eps "
-            f"{forward['eps']:.2e}) mark {100 * forward['marked']:.1f} % and take "
-            f"{forward['bits_mib']:.1f} MiB; its other workspace {forward['forward_mib']:.2f} MiB"
-        )
     table = Table(
         title=f"{found['case']}: N {found['tokens']}, D {found['dim']}, V {found['vocab']}, "
         f"{found['dtype']}",
         title_justify="left",
-        caption="\n".join(lines),
+        caption="\n".join(_profile_lines(found)),
         caption_justify="left",
     )
     headings = ["run", "of", "ms", "its ms", "ratio", "sustained ms", "ratio", "TFLOP/s"]
-    for heading in [*headings, "extra MiB", "host us", "loss error", "same bits"]:
+    headings += ["extra MiB", "host us", "loss error", "dE error", "dC error", "same bits"]
+    for heading in headings:
         table.add_column(heading, justify="left" if heading in ("run", "of") else "right")
     for row in found["rows"]:
-        error, same = row["loss_error"], row["same_bits"]
+        errors = [row[name] for name in ("loss_error", "de_error", "dc_error")]
         table.add_row(
             row["run"],
             row["base"],
@@ -537,12 +450,38 @@ def _show(console: Console, found: dict[str, Any]) -> None:
             f"{row['tflops']:.0f}",
             f"{row['extra_mib']:.1f}",
             f"{row['host_us']:.0f}",
-            "" if error is None else f"{error:.1e}",
-            "" if same is None else ("yes" if same else "NO"),
+            *("" if error is None else f"{error:.1e}" for error in errors),
+            "yes" if row["same_bits"] else "NO",
         )
     console.print(table)
-    for run, reason in found["absent"].items():
-        console.print(f"{run}: absent, {reason}", markup=False)
+
+
+def _profile_lines(found: dict[str, Any]) -> Iterator[str]:
+    effect, forward, profile = found["filter"], found["forward"], found["profile"]
+    missing = effect["missing"]
+    yield (
+        f"filter {effect['gradient_filter']}, eps {effect['filter_eps']:.2e}: the backward works "
+        f"on {100 * effect['kept']:.2f} % of the pairs"
+        + ("" if missing is None else f"; probability not stood for {missing:.2e}")
+    )
+    if profile is not None:
+        at = ", ".join(f"{100 * part:.1f} % at 2^-{n}" for n, part in profile["threshold"].items())
+        yield f"mean loss {profile['loss']:.2f}; threshold columns kept: {at}"
+        yield (
+            f"unbiased: {100 * profile['unbiased']:.1f} % at 2^-14, "
+            f"{100 * profile['default']:.1f} % at the default 16 / V; 128 x 128 tiles with "
+            f"p >= 2^-12: {100 * profile['tiles']:.0f} %"
+        )
+        yield (
+            f"kept by any row tile {100 * profile['union']:.1f} % of V, by one alone "
+            f"{100 * profile['one']:.1f} %, by half or more {100 * profile['half']:.1f} %"
+        )
+    if "unknown" not in forward:
+        yield (
+            f"tier {forward['tier']}, backward {forward['backward']}; the forward's bits mark "
+            f"{100 * forward['marked']:.1f} % and take {forward['bits_mib']:.1f} MiB; its other "
+            f"workspace {forward['forward_mib']:.2f} MiB"
+        )
 
 
 if __name__ == "__main__":

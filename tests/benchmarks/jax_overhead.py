@@ -10,7 +10,6 @@ replayed, are the kernels' own time.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import cupy
 import jax
 import jax.numpy as jnp
 import numpy as np
+from records import describe_machine, write_record
 
 import cce_cupy
 
@@ -96,7 +96,9 @@ def kernels_seconds(stage: str, arrays: list[np.ndarray]) -> float:
     seconds = {}
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
-        call()
+        # What CuPy's pool has no room for yet would be asked of the driver while it captures.
+        kept = [call() for _ in range(MANY)]
+        del kept
         for calls in (FEW, MANY):
             stream.begin_capture()
             kept = [call() for _ in range(calls)]
@@ -115,6 +117,7 @@ def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--commit", help="to record where this is no git checkout")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=4096)
@@ -125,22 +128,20 @@ def main() -> None:
     arrays = [e, c, rng.integers(0, given.vocab, given.tokens).astype(np.int32)]
     placed = list(map(jnp.asarray, arrays))
     beside = slope(idle_program, placed)
-    record: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "cupy": cupy.__version__,
-        "tokens": given.tokens, "dim": given.dim, "vocab": given.vocab,
-    }  # fmt: skip
+    sizes = {"tokens": given.tokens, "dim": given.dim, "vocab": given.vocab}
+    record: dict[str, Any] = {**describe_machine(given.commit), **sizes, "stages": {}}
     for stage in STAGES:
         whole = slope(lambda calls, stage=stage: program(stage, calls), placed)
         kernels = kernels_seconds(stage, arrays)
-        record[stage] = {
+        record["stages"][stage] = found = {
             "call_us": 1e6 * whole,
             "kernels_us": 1e6 * kernels,
             "beside_us": 1e6 * beside,
             "overhead_us": 1e6 * (whole - kernels - beside),
         }
-        print(stage, {name: round(value, 1) for name, value in record[stage].items()})
-    if given.json is not None:
-        given.json.write_text(json.dumps(record, indent=1) + "\n")
+        print(stage, {name: round(value, 1) for name, value in found.items()})
+        if given.json is not None:
+            write_record(given.json, record)
 
 
 if __name__ == "__main__":

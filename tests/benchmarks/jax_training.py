@@ -6,15 +6,16 @@ gradient filter. Curves are compared by what the seeds differ by among themselve
     python tests/benchmarks/jax_training.py --results training.json --picture training.svg
 
 The text is Python's own documentation, so nothing is downloaded; its words are the vocabulary.
+The record is written after every run. `--draw` only draws one, and prints its table.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import json
 import platform
 import re
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax_tables import LOSSES, compare, draw, table
+from records import read_record, write_record
 
 import cce_cupy
 from cce_cupy.commands.corpus import read_documents
 
-OURS = {"cce_cupy": {}, "cce_cupy, no filter": {"gradient_filter": None}}
-LOSSES = ("optax", *OURS)
-COLORS = ("#f2b179", "#1f4e79", "#7fa8cf")
+OPTIONS = {"cce_cupy": {}, "cce_cupy, no filter": {"gradient_filter": None}}
 
 
 class Sizes(NamedTuple):
@@ -102,8 +103,8 @@ def loss_of(parameters: dict[str, Any], rows: Any, heads: int, loss: str) -> Any
     hidden = hidden_states(parameters, rows[:, :-1], heads)
     head = parameters["head"].astype(jnp.bfloat16)
     targets = rows[:, 1:]
-    if loss in OURS:
-        return cce_cupy.linear_cross_entropy(hidden, head, targets, **OURS[loss])
+    if loss in OPTIONS:
+        return cce_cupy.linear_cross_entropy(hidden, head, targets, **OPTIONS[loss])
     logits = jnp.einsum("bld,vd->blv", hidden, head, preferred_element_type=jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
@@ -135,19 +136,19 @@ def train(sizes: Sizes, tokens: np.ndarray, seed: int, loss: str) -> dict[str, A
     held_out = len(tokens) // 20
     rng = np.random.default_rng(seed)
 
-    def draw(first: int, last: int, source: np.random.Generator) -> np.ndarray:
+    def batch(first: int, last: int, source: np.random.Generator) -> np.ndarray:
         starts = source.integers(first, last - sizes.length - 1, sizes.batch)
         return tokens[starts[:, None] + np.arange(sizes.length + 1)]
 
     trained, judged = [], {}
     for number in range(sizes.steps):
-        rows = draw(held_out, len(tokens), rng)
+        rows = batch(held_out, len(tokens), rng)
         parameters, state, value = take_step(parameters, state, rows, sizes=sizes, loss=loss)
         trained.append(value)
         if (number + 1) % max(sizes.steps // 10, 1) == 0:
             source = np.random.default_rng(12345)
             some = [
-                judge(parameters, draw(0, held_out, source), heads=sizes.heads) for _ in range(4)
+                judge(parameters, batch(0, held_out, source), heads=sizes.heads) for _ in range(4)
             ]
             judged[number + 1] = float(np.mean(some))
     return {
@@ -158,70 +159,12 @@ def train(sizes: Sizes, tokens: np.ndarray, seed: int, loss: str) -> dict[str, A
     }
 
 
-def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Compare the mean held-out curves of ours with optax's, by what the seeds differ by.
-
-    The spread is the standard deviation over seeds of one seed's held-out loss with optax's; a
-    difference of two means of n independent seeds has sqrt(2 / n) of it.
-    """
-    curves = {
-        name: np.array([list(run["held_out"].values()) for run in runs if run["loss"] == name])
-        for name in LOSSES
-    }
-    found: dict[str, Any] = {"at_step": [int(step) for step in runs[0]["held_out"]]}
-    spread = None
-    if len(curves["optax"]) > 1:
-        spread = curves["optax"].std(axis=0, ddof=1)
-        found["seed_spread"] = spread.tolist()
-    for name in OURS:
-        difference = curves[name].mean(0) - curves["optax"].mean(0)
-        found[name] = {
-            "difference_of_means": difference.tolist(),
-            "largest_difference_of_one_seed": float(np.abs(curves[name] - curves["optax"]).max()),
-        }
-        if spread is not None:
-            found[name]["in_spreads"] = (difference / spread).tolist()
-    return found
-
-
-def draw_picture(record: dict[str, Any], path: Path) -> None:
-    """Draw the curves, each seed's pale, and the differences below."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-    for name, color in zip(LOSSES, COLORS, strict=True):
-        curves = np.array([run["trained"] for run in record["runs"] if run["loss"] == name])
-        for curve in curves:
-            above.plot(curve, color=color, alpha=0.2, linewidth=0.5)
-        above.plot(curves.mean(0), color=color, label=name, linewidth=1)
-    above.set_ylabel("training loss, nats a token")
-    above.legend()
-    comparison = record["comparison"]
-    steps = comparison["at_step"]
-    for name, color in zip(OURS, COLORS[1:], strict=True):
-        difference = comparison[name]["difference_of_means"]
-        below.plot(steps, difference, "o-", color=color, label=f"{name} - optax")
-    if "seed_spread" in comparison:
-        spread = np.array(comparison["seed_spread"])
-        below.fill_between(steps, -spread, spread, color="#dddddd", label="spread of the seeds")
-    below.set_ylabel("held-out loss")
-    below.set_xlabel("step")
-    below.legend()
-    sizes = record["sizes"]
-    figure.suptitle(
-        f"{record['device']}, JAX {record['jax']}: V {sizes['vocab']}, D {sizes['dim']}, "
-        f"{sizes['batch'] * sizes['length']} tokens a step, {record['seeds']} seeds",
-        fontsize="medium",
-    )
-    figure.savefig(path)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Train, compare, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--draw", action="store_true", help="draw results that are there already")
     parser.add_argument("--seeds", type=int, default=3)
     defaults = {
         "vocab": 16384, "dim": 384, "layers": 4, "heads": 6, "batch": 16, "length": 256,
@@ -231,30 +174,42 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rate", type=float, default=1e-3)
     given = parser.parse_args(arguments)
-    sizes = Sizes(**{name: getattr(given, name) for name in Sizes._fields})
-    tokens = read_tokens(sizes.vocab)
-    known = int(tokens.max()) + 1
-    if known < sizes.vocab:
-        parser.error(f"--vocab {sizes.vocab}: the text has {known} different words")
-    runs = []
-    for seed in range(given.seeds):
-        for loss in LOSSES:
-            runs.append(train(sizes, tokens, seed, loss))
-            print(f"seed {seed}  {loss:20}  held out {list(runs[-1]['held_out'].values())[-1]:.4f}")
-    record = {
+    if given.draw:
+        record = read_record(given.results)
+    else:
+        sizes = Sizes(**{name: getattr(given, name) for name in Sizes._fields})
+        tokens = read_tokens(sizes.vocab)
+        known = int(tokens.max()) + 1
+        if known < sizes.vocab:
+            parser.error(f"--vocab {sizes.vocab}: the text has {known} different words")
+        record = train_all(sizes, tokens, given.seeds, given.results)
+    if given.picture is not None and record["comparison"] is not None:
+        draw(record, given.picture)
+    print(table(record))
+
+
+def train_all(sizes: Sizes, tokens: np.ndarray, seeds: int, path: Path) -> dict[str, Any]:
+    """Train with every loss, seed by seed; return what is recorded, and write it on the way."""
+    record: dict[str, Any] = {
+        "date": date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         "jax": jax.__version__,
         "optax": optax.__version__,
+        "cce_cupy": cce_cupy.__version__,
         "sizes": sizes._asdict(),
         "tokens_of_text": len(tokens),
-        "seeds": given.seeds,
-        "comparison": compare(runs),
-        "runs": runs,
+        "comparison": None,
+        "runs": [],
     }
-    given.results.write_text(json.dumps(record, indent=1) + "\n")
-    if given.picture is not None:
-        draw_picture(record, given.picture)
+    for seed in range(seeds):
+        for loss in LOSSES:
+            run = train(sizes, tokens, seed, loss)
+            record["runs"].append(run)
+            print(f"seed {seed}  {loss:20}  held out {list(run['held_out'].values())[-1]:.4f}")
+            record["comparison"] = compare(record["runs"])
+            write_record(path, record)
+    return record
 
 
 if __name__ == "__main__":

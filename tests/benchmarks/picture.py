@@ -3,47 +3,90 @@
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from records import read_record
+from runs import FORWARD_BITS, FOUR_PRODUCTS, GRADIENTS, UNFILTERED, VENDOR
 
-def draw(record: dict[str, Any], path: Path) -> None:
-    """Draw the ratios to the vendor's GEMM: bars by case, and curves where N is swept."""
-    # With an extra, and not for those who only want figures.
-    from matplotlib.figure import Figure
+Record = dict[str, Any]
 
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for case in record["cases"]:
-        by_name.setdefault(case["case"], []).append(case)
-    sweeps = {name: cases for name, cases in by_name.items() if len(cases) > 1}
-    single = {name: cases[0] for name, cases in by_name.items() if len(cases) == 1}
-
-    panels = bool(single) + len(sweeps)
-    figure = Figure(figsize=(9, 3.6 * panels), layout="constrained")
-    axes = list(figure.subplots(panels, squeeze=False)[:, 0])
-    if single:
-        _draw_bars(axes.pop(0), single)
-    for axis, (name, cases) in zip(axes, sweeps.items(), strict=True):
-        _draw_sweep(axis, name, cases)
-    figure.suptitle(
-        f"{record['device']}, {record['date']}: time / the vendor's logits GEMM, alternating pairs",
-        fontsize="medium",
-    )
-    figure.savefig(path)
+OURS, OTHERS = "#1f4e79", "#f2b179"
 
 
-def _ratios(case: dict[str, Any]) -> dict[str, float]:
-    return {row["run"]: row["ratio"] for row in case["rows"] if row["base"] == "vendor GEMM"}
+def draw_forward(record: Record, path: Path) -> None:
+    """Draw the forwards' ratios to the vendor's GEMM, by case."""
+    _draw_ratios(record, path, lambda run: "forward" in run)
 
 
-def _runs(cases: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(run for case in cases for run in _ratios(case)))
+def draw_gradients(record: Record, path: Path) -> None:
+    """Draw the ratios of loss and gradients to the vendor's logits GEMM, by case."""
+    _draw_ratios(record, path, lambda run: "gradients" in run)
 
 
-def _draw_bars(axis: Any, cases: dict[str, dict[str, Any]]) -> None:
-    runs = _runs(list(cases.values()))
+def draw_accuracy(record: Record, path: Path) -> None:
+    """Draw errors of the gradients over times: a panel for each case."""
+    cases = [case for case in record["cases"] if any(map(_judged, case["rows"]))]
+    figure = _figure(figsize=(9, 3.4 * len(cases)))
+    for axis, case in zip(figure.subplots(len(cases), squeeze=False)[:, 0], cases, strict=True):
+        for row in filter(_judged, case["rows"]):
+            color = OURS if row["run"].startswith("ours") else OTHERS
+            for name, marker in (("de_error", "o"), ("dc_error", "s")):
+                axis.plot(row["ms"], row[name], marker, color=color)
+            method = row["run"].replace(", loss + gradients", "")
+            label = f"{method}, {row['extra_mib']:.0f} MiB"
+            at = row["ms"], max(row["de_error"], row["dc_error"])
+            axis.annotate(label, at, (3, 4), textcoords="offset points", fontsize="x-small")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.margins(x=0.3, y=0.25)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel("loss + gradients, ms", fontsize="small")
+        axis.set_ylabel("relative error: o dE, square dC", fontsize="small")
+        axis.set_title(_sizes(case), fontsize="small")
+    _save(figure, record, path, "error and time, with the memory beyond the gradients")
+
+
+def draw_growth(record: Record, path: Path) -> None:
+    """Draw times over N and over V, as they were swept."""
+    sweeps = {
+        sweep: sorted((c for c in record["cases"] if c["sweep"] == sweep), key=lambda c: c[sweep])
+        for sweep in dict.fromkeys(case["sweep"] for case in record["cases"])
+    }
+    figure = _figure(figsize=(9, 4.2))
+    axes = figure.subplots(1, len(sweeps), squeeze=False)[0]
+    for axis, (sweep, cases) in zip(axes, sweeps.items(), strict=True):
+        runs = list(dict.fromkeys(row["run"] for case in cases for row in case["rows"]))
+        for run in runs:
+            axis.plot(*_curve(cases, sweep, run, "ms"), marker=".", label=_short(run))
+        bases = _curve(cases, sweep, FORWARD_BITS, "base_ms")
+        axis.plot(*bases, color="black", linewidth=0.8, label=VENDOR)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel({"tokens": "N", "vocab": "V"}[sweep])
+        axis.set_ylabel("ms")
+        first = cases[0]
+        fixed = f"V {first['vocab']}" if sweep == "tokens" else f"N {first['tokens']}"
+        axis.set_title(f"D {first['dim']}, {fixed}", fontsize="small")
+        axis.legend(fontsize="x-small")
+    _save(figure, record, path, "times as N and V grow")
+
+
+PICTURES: dict[str, Callable[[Record, Path], None]] = {
+    "forward": draw_forward,
+    "gradients": draw_gradients,
+    "accuracy": draw_accuracy,
+    "growth": draw_growth,
+}
+
+
+def _draw_ratios(record: Record, path: Path, chosen: Callable[[str], bool]) -> None:
+    cases = {case["case"]: case for case in record["cases"]}
+    runs = dict.fromkeys(run for case in cases.values() for run in _ratios(case) if chosen(run))
     height = 0.8 / len(runs)
+    figure = _figure(figsize=(9, 0.5 + len(cases) * (0.3 + 0.17 * len(runs))))
+    axis = figure.subplots()
     for number, run in enumerate(runs):
         drawn = [
             (place + number * height, found[run])
@@ -56,33 +99,70 @@ def _draw_bars(axis: Any, cases: dict[str, dict[str, Any]]) -> None:
     middle = 0.4 - height / 2
     axis.set_yticks(
         [place + middle for place in range(len(cases))],
-        [
-            f"{name}\nN {case['tokens']}, D {case['dim']}, V {case['vocab']}\n"
-            f"{100 * case['profile']['default']:.1f} % kept"
-            for name, case in cases.items()
-        ],
+        [f"{_sizes(case)}\n{100 * _kept(case):.1f} % kept" for case in cases.values()],
         fontsize="small",
     )
     axis.invert_yaxis()
     axis.margins(x=0.1)
     axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, record, path, "time / the vendor's logits GEMM, alternating pairs")
 
 
-def _draw_sweep(axis: Any, name: str, cases: list[dict[str, Any]]) -> None:
-    for run in _runs(cases):
-        drawn = [(case["tokens"], _ratios(case)[run]) for case in cases if run in _ratios(case)]
-        axis.plot(*zip(*drawn, strict=True), marker=".", label=run)
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
-    axis.set_xlabel("N")
-    axis.set_title(f"{name}: D {cases[0]['dim']}, V {cases[0]['vocab']}", fontsize="small")
-    axis.legend(fontsize="x-small")
+def _ratios(case: Record) -> dict[str, float]:
+    """Return ratios to the logits GEMM; of runs without a filter, of the medians' quotient."""
+    found = {row["run"]: row["ratio"] for row in case["rows"] if row["base"] == VENDOR}
+    bases = [row["base_ms"] for row in case["rows"] if row["run"] == GRADIENTS]
+    for row in case["rows"]:
+        if row["run"] == UNFILTERED and row["base"] == FOUR_PRODUCTS and bases:
+            found[UNFILTERED] = row["ms"] / bases[0]
+    return found
+
+
+def _kept(case: Record) -> float:
+    return case["filter"]["kept"] if "filter" in case else case["profile"]["default"]
+
+
+def _sizes(case: Record) -> str:
+    return f"{case['case']}\nN {case['tokens']}, D {case['dim']}, V {case['vocab']}"
+
+
+def _judged(row: Record) -> bool:
+    # Other workspaces than the default one change no digit worth showing.
+    other = row["run"].startswith(GRADIENTS) and row["run"] not in (GRADIENTS, UNFILTERED)
+    return row.get("de_error") is not None and not other
+
+
+def _short(run: str) -> str:
+    return run.replace("loss + gradients", "l+g")
+
+
+def _curve(
+    cases: Iterable[Record], sweep: str, run: str, field: str
+) -> tuple[list[int], list[float]]:
+    found = [(c[sweep], row[field]) for c in cases for row in c["rows"] if row["run"] == run]
+    return [size for size, _ in found], [value for _, value in found]
+
+
+def _figure(figsize: tuple[float, float]) -> Any:
+    # With an extra, and not for those who only want figures.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=figsize, layout="constrained")
+
+
+def _save(figure: Any, record: Record, path: Path, title: str) -> None:
+    figure.suptitle(f"{record['device']}, {record['date']}: {title}", fontsize="medium")
+    from matplotlib import rc_context
+
+    # The same record gives the same file.
+    with rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("picture", type=Path)
+    parser.add_argument("--of", choices=PICTURES, default="forward")
     options = parser.parse_args()
-    draw(json.loads(options.results.read_text(encoding="utf-8")), options.picture)
+    PICTURES[options.of](read_record(options.results), options.picture)

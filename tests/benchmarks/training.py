@@ -2,30 +2,34 @@
 
     python tests/benchmarks/training.py text TOKENS.npz
     python tests/benchmarks/training.py run TOKENS.npz RESULT.json --arm unbiased --seed 0
-    python tests/benchmarks/training.py draw PICTURE.svg RESULT.json ...
+    python tests/benchmarks/training.py speed TOKENS.npz SPEED.json
+    python tests/benchmarks/training.py draw PICTURE.svg RESULT.json ... SPEED.json
 
 The text is the docstrings of the standard library and of all installed packages, in a byte-pair
 encoding learnt from them; no network is needed. Which packages are installed decides how much text
 there is: `text` says so, and results name a checksum of it. For one seed, all arms start from the
 same weights and see the same batches in the same order. Validation is the exact cross-entropy of
-documents held out, formed from logits for every arm. `draw` also prints the table.
+documents held out, formed from logits for every arm. Runs may share a GPU, which says nothing of
+their speed then: `speed` times a few steps of each arm, in turns and alone. `draw` also prints the
+table.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from records import read_record, write_record
 from torch import nn
 from torch.nn import functional
 
@@ -45,7 +49,7 @@ class Setting(NamedTuple):
 
     vocab: int
     dim: int = 512
-    layers: int = 8
+    layers: int = 6
     heads: int = 8
     length: int = 512
     batch: int = 16
@@ -175,69 +179,124 @@ def validation_steps(steps: int) -> list[int]:
     return sorted({step for step in [*first, *range(100, steps, 100)] if step < steps} | {steps})
 
 
-def train(
-    arm: str, seed: int, text: dict[str, torch.Tensor], setting: Setting, device: str
-) -> dict[str, Any]:
-    """Train one arm; return what is recorded of it."""
-    torch.manual_seed(seed)
-    model = Gpt(setting).to(device)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups, lr=setting.learning_rate, betas=(0.9, 0.95), fused=device == "cuda"
-    )
-    order = torch.Generator().manual_seed(seed)
-    warmup = max(min(100, setting.steps // 10), 1)
-    stops, curve, losses = validation_steps(setting.steps), [], []
-    on_gpu, peak, seconds, timed = device == "cuda", 0, 0.0, 0
-    previous, started = 0, time.perf_counter()
-    for step in range(setting.steps + 1):
-        if step in stops:
-            if on_gpu:
-                torch.cuda.synchronize()
-                peak = max(peak, torch.cuda.max_memory_allocated() if step else 0)
-            if step > 10:  # the first steps load kernels
-                seconds += time.perf_counter() - started
-                timed += step - previous
-            curve.append((step, validate(model, text["validation"], setting, device)))
-            print(f"{arm} {seed}: step {step}, validation {curve[-1][1]:.4f}", file=sys.stderr)
-            if on_gpu:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            previous, started = step, time.perf_counter()
-        if step == setting.steps:
-            break
-        rate = min((step + 1) / warmup, 1.0)
-        rate *= 0.55 + 0.45 * math.cos(math.pi * step / setting.steps)
-        for group in optimizer.param_groups:
+class Trainer:
+    """One arm and seed: a model, its optimizer, and the batches to come.
+
+    Parameters
+    ----------
+    arm : str
+    seed : int
+    text : dict of str to Tensor
+    setting : Setting
+    device : str
+    """
+
+    def __init__(
+        self, arm: str, seed: int, text: dict[str, torch.Tensor], setting: Setting, device: str
+    ) -> None:
+        self.arm, self.ids, self.setting, self.device = arm, text["training"], setting, device
+        torch.manual_seed(seed)
+        self.model = Gpt(setting).to(device)
+        parameters = list(self.model.parameters())
+        decayed = [p for p in parameters if p.dim() > 1]
+        others = [p for p in parameters if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+            lr=setting.learning_rate,
+            betas=(0.9, 0.95),
+            fused=device == "cuda",
+        )
+        self.order = torch.Generator().manual_seed(seed)
+        self.step = 0
+
+    def advance(self) -> torch.Tensor:
+        """Take a step, and return the loss before it."""
+        setting, number = self.setting, self.step
+        warmup = max(min(100, setting.steps // 10), 1)
+        rate = min((number + 1) / warmup, 1.0)
+        rate *= 0.55 + 0.45 * math.cos(math.pi * number / setting.steps)
+        for group in self.optimizer.param_groups:
             group["lr"] = setting.learning_rate * rate
         starts = torch.randint(
-            len(text["training"]) - setting.length - 1, (setting.batch,), generator=order
+            len(self.ids) - setting.length - 1, (setting.batch,), generator=self.order
         )
-        batch = cut(text["training"], starts, setting.length).to(device)
-        with torch.autocast(device, torch.bfloat16):
-            loss = loss_of(arm, model, batch)
-        optimizer.zero_grad()
+        batch = cut(self.ids, starts, setting.length).to(self.device)
+        with torch.autocast(self.device, torch.bfloat16):
+            loss = loss_of(self.arm, self.model, batch)
+        self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.detach())
-    return {
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return loss.detach()
+
+
+def train(
+    arm: str,
+    seed: int,
+    text: dict[str, torch.Tensor],
+    setting: Setting,
+    device: str,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Train one arm, and keep at each validation what is recorded of it until there."""
+    trainer = Trainer(arm, seed, text, setting, device)
+    curve, losses = [], []
+    record = {
         "arm": arm,
         "seed": seed,
         "options": ARMS[arm],
         "setting": setting._asdict(),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        **_circumstances(device),
+        "text": {name: len(ids) for name, ids in text.items()} | {"sha256": _digest(text)},
+    }
+    for stop in validation_steps(setting.steps):
+        while trainer.step < stop:
+            losses.append(trainer.advance())
+        curve.append((stop, validate(trainer.model, text["validation"], setting, device)))
+        print(f"{arm} {seed}: step {stop}, validation {curve[-1][1]:.4f}", file=sys.stderr)
+        trained = [round(float(value), 4) for value in losses]
+        keep(record | {"validation": curve, "training": trained})
+
+
+def measure_speed(
+    text: dict[str, torch.Tensor], setting: Setting, device: str, steps: int
+) -> dict[str, Any]:
+    """Return tokens a second and peak memory of each arm, alone on the GPU and in turns."""
+    found: dict[str, dict[str, Any]] = {}
+    rounds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for _ in range(3):
+        for arm in ARMS:
+            trainer = Trainer(arm, 0, text, setting, device)
+            for _ in range(10):  # the first steps load kernels
+                trainer.advance()
+            _wait(device)
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            for _ in range(steps):
+                trainer.advance()
+            _wait(device)
+            rounds[arm].append(time.perf_counter() - started)
+            peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+            speed = steps * setting.batch * setting.length / statistics.median(rounds[arm])
+            found[arm] = {"tokens_per_second": speed, "peak_bytes": peak}
+            del trainer
+    return {"setting": setting._asdict(), **_circumstances(device), "steps": steps, "speed": found}
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _circumstances(device: str) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
         "cce_cupy": cce_cupy.__version__,
         "date": date.today().isoformat(),
-        "text": {name: len(ids) for name, ids in text.items()} | {"sha256": _digest(text)},
-        "validation": curve,
-        "training": [round(float(value), 4) for value in losses],
-        "tokens_per_second": timed * setting.batch * setting.length / seconds if timed else None,
-        "peak_bytes": peak or None,
     }
 
 
@@ -252,25 +311,57 @@ def load_text(path: Path) -> tuple[dict[str, torch.Tensor], int]:
         return text, int(file["vocab"])
 
 
+def finished(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs that came to their end."""
+    runs = [result for result in results if "arm" in result]
+    return [run for run in runs if run["validation"][-1][0] == run["setting"]["steps"]]
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Return a Markdown table: final losses with their spread over seeds, speed and memory."""
     lines = [
         "| loss | seeds | final validation loss: mean (range) | tokens/s | peak memory |",
         "|---|---|---|---|---|",
     ]
+    speeds = [result["speed"] for result in results if "speed" in result]
     for arm in ARMS:
-        runs = [result for result in results if result["arm"] == arm]
+        runs = [run for run in finished(results) if run["arm"] == arm]
         if not runs:
             continue
         final = [run["validation"][-1][1] for run in runs]
-        speed = [run["tokens_per_second"] for run in runs if run["tokens_per_second"]]
-        peak = [run["peak_bytes"] for run in runs if run["peak_bytes"]]
+        speed, peak = "-", "-"
+        if speeds:
+            speed = f"{speeds[-1][arm]['tokens_per_second']:,.0f}"
+            if speeds[-1][arm]["peak_bytes"]:
+                peak = f"{speeds[-1][arm]['peak_bytes'] / 2**20:,.0f} MiB"
         lines.append(
             f"| {arm} | {len(runs)} | {statistics.mean(final):.4f} "
-            f"({min(final):.4f} to {max(final):.4f}) | "
-            f"{f'{statistics.median(speed):,.0f}' if speed else '-'} | "
-            f"{f'{max(peak) / 2**20:,.0f} MiB' if peak else '-'} |"
+            f"({min(final):.4f} to {max(final):.4f}) | {speed} | {peak} |"
         )
+    return "\n".join(lines)
+
+
+def curves_table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table: validation losses on the way, means over the seeds."""
+    runs = finished(results)
+    if not runs:
+        return ""
+    steps = [step for step, _ in runs[0]["validation"]]
+    shown = [step for step in steps if step in (0, 1, 5, 10, 25, 50, 100, 200, 500)]
+    lines = [
+        "| loss | " + " | ".join(f"step {step}" for step in shown) + " |",
+        "|---" * (len(shown) + 1) + "|",
+    ]
+    for arm in ARMS:
+        curves = [dict(map(tuple, run["validation"])) for run in runs if run["arm"] == arm]
+        if curves:
+            means = [statistics.mean(curve[step] for curve in curves) for step in shown]
+            lines.append(f"| {arm} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
+    plain = [dict(map(tuple, run["validation"])) for run in runs if run["arm"] == "plain"]
+    if len(plain) > 1:
+        widths = [max(c[step] for c in plain) - min(c[step] for c in plain) for step in shown]
+        cells = " | ".join(f"{width:.3f}" for width in widths)
+        lines.append(f"| spread of plain's seeds | {cells} |")
     return "\n".join(lines)
 
 
@@ -278,6 +369,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Draw the validation curves, and their differences from the plain loss of the same seed."""
     from matplotlib.figure import Figure
 
+    results = [result for result in results if "arm" in result]
     figure = Figure(figsize=(9, 7), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
     plain = {r["seed"]: dict(map(tuple, r["validation"])) for r in results if r["arm"] == "plain"}
@@ -290,8 +382,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             upper.plot(steps, losses, **style, **label)
             if arm != "plain" and run["seed"] in plain:
                 of_plain = plain[run["seed"]]
-                pairs = zip(steps, losses, strict=True)
-                lower.plot(steps, [loss - of_plain[step] for step, loss in pairs], **style)
+                both = [step for step in steps if step in of_plain]
+                pairs = zip(both, losses, strict=False)
+                lower.plot(both, [loss - of_plain[step] for step, loss in pairs], **style)
     if len(plain) > 1:
         steps = sorted(set.intersection(*map(set, plain.values())))
         at = [[losses[step] for losses in plain.values()] for step in steps]
@@ -323,28 +416,42 @@ def main(arguments: list[str] | None = None) -> None:
     text.add_argument("tokens", type=Path)
     text.add_argument("--vocab", type=int, default=32768)
     run = commands.add_parser("run", help="train one arm")
-    run.add_argument("tokens", type=Path)
-    run.add_argument("result", type=Path)
+    speed = commands.add_parser("speed", help="time a few steps of each arm")
+    for command in (run, speed):
+        command.add_argument("tokens", type=Path)
+        command.add_argument("result", type=Path)
+        command.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+        for name, default in Setting._field_defaults.items():
+            option = f"--{name.replace('_', '-')}"
+            command.add_argument(option, type=type(default), default=default)
     run.add_argument("--arm", choices=ARMS, required=True)
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    for name, default in Setting._field_defaults.items():
-        run.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    picture = commands.add_parser("draw", help="draw results, and print their table")
+    speed.add_argument("--timed-steps", type=int, default=40)
+    picture = commands.add_parser("draw", help="draw results, and print their tables")
     picture.add_argument("picture", type=Path)
     picture.add_argument("results", type=Path, nargs="+")
     options = parser.parse_args(arguments)
     if options.command == "text":
         prepare_text(options.tokens, options.vocab)
-    elif options.command == "run":
-        tokens, vocab = load_text(options.tokens)
-        chosen = {name: getattr(options, name) for name in Setting._field_defaults}
-        found = train(options.arm, options.seed, tokens, Setting(vocab, **chosen), options.device)
-        options.result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    else:
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in options.results]
+        return
+    if options.command == "draw":
+        results = [read_record(path) for path in options.results]
         draw(results, options.picture)
-        print(table(results))
+        print(table(results), curves_table(results), sep="\n\n")
+        return
+    tokens, vocab = load_text(options.tokens)
+    chosen = {name: getattr(options, name) for name in Setting._field_defaults}
+    setting = Setting(vocab, **chosen)
+    if options.command == "speed":
+        found = measure_speed(tokens, setting, options.device, options.timed_steps)
+        write_record(options.result, found)
+        print({arm: round(figures["tokens_per_second"]) for arm, figures in found["speed"].items()})
+    else:
+
+        def keep(found: dict[str, Any]) -> None:
+            write_record(options.result, found)
+
+        train(options.arm, options.seed, tokens, setting, options.device, keep)
 
 
 if __name__ == "__main__":
