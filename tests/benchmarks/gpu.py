@@ -64,8 +64,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and record where asked to."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.sweep and options.case and len(options.case) > 1:
+    if options.sweep and (len(options.case) > 1 or options.case == ["all"]):
         parser.error("--sweep takes one case")
+    if options.steps and not options.sweep:
+        parser.error("--steps are those of a --sweep")
     if not torch.cuda.is_available():
         sys.exit("gpu.py: this torch sees no NVIDIA GPU; tests/benchmarks/cpu.py needs none")
     if options.json and not options.json.parent.is_dir():
@@ -107,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--case", nargs="+", choices=[*CASES, "all"], default=["gemma3-like"])
     add("--arrays", type=Path, help="safetensors with e, c and targets, for smollm2")
     add("--sweep", choices=SWEEPS, help="N or V in powers of two, the rest as in the case")
-    add("--between", type=int, nargs=2, metavar=("LEAST", "MOST"), help="part of the sweep")
+    add("--steps", type=int, nargs="+", help="of the sweep, instead of its own")
     add("--peers-only", action="store_true", help="none of our own runs")
     add("--forward-only", action="store_true", help="no gradients, of ours or of others")
     add("--no-unfiltered", action="store_true", help="not without a filter, which takes long")
@@ -151,8 +153,7 @@ def _all_inputs(options: argparse.Namespace, console: Console) -> Iterator[tuple
 def _inputs(case: Case, options: argparse.Namespace) -> Iterator[Inputs]:
     """Yield the inputs of a case, or those of each step of a sweep."""
     dtype = getattr(torch, options.dtype)
-    least, most = options.between or (0, 2**62)
-    steps = [size for size in SWEEPS.get(options.sweep, ()) if least <= size <= most]
+    steps = options.steps or SWEEPS.get(options.sweep, ())
     if case.peaks is None:
         from safetensors.torch import load_file
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from importlib import import_module, metadata
@@ -53,10 +54,11 @@ def _versions() -> dict[str, str]:
     for package in (*PACKAGES, *PEERS):
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-    for package, module in PEERS.items():
-        # A peer's sources on the path, without what an installer writes beside them.
+    # A peer's sources on the path, without what an installer writes beside them.
+    missing = [package for package in PEERS if package not in found]
+    for package in missing if "torch" in sys.modules else ():
         with suppress(Exception):
-            found.setdefault(package, import_module(module).__version__)
+            found[package] = import_module(PEERS[package]).__version__
     return found
 
 

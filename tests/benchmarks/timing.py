@@ -17,7 +17,7 @@ MEBIBYTE = 2**20
 WARM_UPS = 3
 MOST_PAIRS = 100
 MOST_HOST_CALLS = 20
-HOST_SECONDS = 0.3
+HOST_SECONDS = 0.15
 
 PROTOCOL = (
     "Ratios: run and base alternate in one burst of about {burst:g} s, {least} to {most} pairs, "

@@ -17,6 +17,7 @@ table.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import math
 import statistics
@@ -268,6 +269,7 @@ def measure_speed(
     rounds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for _ in range(3):
         for arm in ARMS:
+            gc.collect()  # what is left of the arm before would count as this one's
             trainer = Trainer(arm, 0, text, setting, device)
             for _ in range(10):  # the first steps load kernels
                 trainer.advance()
