@@ -98,12 +98,14 @@ def call(dtype, shape, options, filtering, pad, wrong=False):
     rng = np.random.default_rng([n, v, d])
     kind, options = DTYPES[dtype], dict(options)
     weights, removed = options.pop("weights", False), options.pop("removed", False)
+    all_count = options.pop("all_count", False)
     if n <= options.get("shift", 0):
         options["shift"] = 0
     targets = rng.integers(0, v, n)
     if removed and v > 1:
         targets[targets % 3 == 0] = 1
-    targets[rng.random(n) < 0.2] = -100
+    if not all_count:
+        targets[rng.random(n) < 0.2] = -100
     if wrong:
         targets[n // 2], targets[n - 1] = v, -1
     has_bias = options.pop("bias", True)
@@ -144,7 +146,8 @@ def main(dtypes):
         for k, shape in enumerate(SHAPES[1:]):
             call(dtype, shape, OPTIONS[(number + k) % 4], filtering, pad=0)
             call(dtype, shape, {"bias": False}, filtering, pad=0)
-            calls += 2
+            call(dtype, shape, {"bias": False, "all_count": True}, filtering, pad=0)
+            calls += 3
         call(dtype, SHAPES[0], OPTIONS[number], filtering, pad=1, wrong=True)
         calls += 1
     cupy.cuda.Device().synchronize()

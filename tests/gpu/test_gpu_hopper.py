@@ -149,3 +149,85 @@ def test_some_gradients_are_the_same_bits_as_all(cupy, monkeypatch, filtering, w
         assert (array is not None) == (name in wanted)
         if array is not None:
             assert bits(cupy, array) == bits(cupy, getattr(everything, name))
+
+
+DENSE = [
+    {},
+    {"softcap": 5.0, "logit_scale": 0.5},
+    {"reduction": "mean", "z_loss": 1e-3, "return_lse": True},
+    {"reduction": "none", "weights": True},
+]
+
+
+def dense_problem(n, v, d, dtype, **options):
+    """A problem without a bias whose tokens all count."""
+    weighted = options.pop("weights", False)
+    case = problem(n=n, v=v, d=d, dtype=dtype, bias=False, **options)
+    rng = case.rng()
+    case.targets[:] = rng.integers(0, v, n)
+    if weighted:
+        case.options["class_weight"] = rng.random(v).astype(np.float32)
+        case.options["token_weight"] = rng.random(n).astype(np.float32)
+    return case
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("options", DENSE)
+@pytest.mark.parametrize(
+    "shape", [(1, 200, 64), (128, 500, 8), (257, 4099, 136), (300, 1000, 72), (700, 3001, 640)]
+)
+def test_every_column_kept_and_every_token_counting(cupy, dtype, options, shape):
+    """Products of matrices; tiles, blocks and parts that are not whole."""
+    case = dense_problem(*shape, dtype, **options)
+    assert plan_of(case, **UNFILTERED).dense is not None
+    given = {k: v for k, v in case.options.items() if k != "return_lse"}
+    with_lse = case.options.get("return_lse", False)
+    found = Road(cupy).linear_cross_entropy_value_and_grad(
+        *case.arrays, **given, **UNFILTERED, return_lse=with_lse
+    )
+    case.options = given
+    check(case, found)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_bits_of_dense_chunks(cupy, dtype):
+    """Sums that wait for the next chunk lose nothing; neither runs nor single gradients differ."""
+    case = dense_problem(700, 9000, 264, dtype)
+    arguments = sent(cupy, case)
+    found = set()
+    for size in (None, 5 * 2**20, 3 * 2**20):
+        cut = plan_of(case, **UNFILTERED, workspace_bytes=size).dense
+        assert (cut.columns < 9000) == (size is not None)
+        for _ in range(3):
+            results = cce_cupy.linear_cross_entropy_value_and_grad(
+                **arguments, **UNFILTERED, workspace_bytes=size
+            )
+            found.add(tuple(bits(cupy, results)))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("side", ["e", "c"])
+def test_one_dense_side(cupy, side):
+    """Where one side alone is not filtered its pass is the dense one, to the bit."""
+    case = dense_problem(700, 9000, 264, "bfloat16")
+    arguments = sent(cupy, case)
+    filtering = {"gradient_filter": "threshold", "filter_eps": 1e-3, f"filter_{side}_grad": False}
+    both = cce_cupy.linear_cross_entropy_value_and_grad(**arguments, **UNFILTERED)[1]
+    one = cce_cupy.linear_cross_entropy_value_and_grad(**arguments, **filtering)[1]
+    assert bits(cupy, (getattr(one, side),)) == bits(cupy, (getattr(both, side),))
+    other = "c" if side == "e" else "e"
+    assert bits(cupy, (getattr(one, other),)) != bits(cupy, (getattr(both, other),))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_dense_gradients_of_rows_that_hold_anything(cupy, shift):
+    """One ignored token is enough for the other way; so is a shift."""
+    case = dense_problem(257, 3000, 72, "bfloat16", shift=shift)
+    if shift == 0:
+        case.targets[200] = -100
+    row = 200 if shift == 0 else 256
+    expected = cce_cupy.linear_cross_entropy_value_and_grad(**sent(cupy, case), **UNFILTERED)
+    check(case, (cupy.get(expected[0]), expected[1].map(cupy.get)))
+    case.e[row] = np.asarray(np.nan, case.e.dtype)
+    found = cce_cupy.linear_cross_entropy_value_and_grad(**sent(cupy, case), **UNFILTERED)
+    assert bits(cupy, found) == bits(cupy, expected)
