@@ -1,7 +1,6 @@
 // From the kept-column bits to the order of the columns: cut into chunks whose records fit into the
 // workspace, and in each sorted by which row tiles keep them.
 
-#include "keys.cuh"
 #include "sort.cuh"
 
 namespace cce {
@@ -44,7 +43,7 @@ __device__ __forceinline__ void make_keys(const ColumnOrder& order, const OrderS
   for (int word = warp; word < order.kept.words; word += warps) {
     const int64 column = static_cast<int64>(word) * kColumnChunk + lane;
     const bool there = column < order.kept.vocab;
-    uint32 slots = 0;
+    uint64 slots = 0;
     for (int number = 0; number < order.tile_words; ++number) {
       const int tile = number * 32 + lane;
       uint32 tiles = transpose_bits(tile < row_tiles ? order.kept.word(tile, word) : 0u, lane);
@@ -52,7 +51,7 @@ __device__ __forceinline__ void make_keys(const ColumnOrder& order, const OrderS
       int number_of_slots = 32;
       for (int fold = 0; fold < shift && number_of_slots > 1; ++fold, number_of_slots /= 2)
         tiles = fold_pairs(tiles);
-      slots |= tiles << (32 * number >> shift);
+      slots |= static_cast<uint64>(tiles) << (32 * number >> shift);
     }
     const int chunk = chunk_of(order, word / kWordsOfBlock);
     const int active = __popc(__ballot_sync(~0u, slots != 0));
@@ -228,10 +227,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                   int capacity_in_one, ColumnOrder order, OrderScratch scratch, int* arrived) {
   __shared__ OrderShared shared;
   const int lane = threadIdx.x % 32, warp = blockIdx.x * kWarps + threadIdx.x / 32;
-  const int warps = gridDim.x * kWarps;
   const int row_tiles = count_row_tiles(*count, first_tile, tiles);
-  int shift = 0;
-  while (kSlots << shift < row_tiles) ++shift;
   Barrier barrier{arrived};
   scan_blocks(shared, order.kept_in, order.natural_blocks + 1, order.natural_blocks, row_tiles,
               [&](int tile, int block) {
@@ -246,7 +242,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   barrier.wait();
   if (warp == 0) cut_chunks(order, scratch, row_tiles, capacity, capacity_in_one, lane);
   barrier.wait();
-  make_keys(order, scratch, row_tiles, shift, warp, warps, lane);
+  int shift = 0;
+  while (kSlots << shift < row_tiles) ++shift;
+  make_keys(order, scratch, row_tiles, shift, warp, gridDim.x * kWarps, lane);
   barrier.wait();
   const int chunks = order.chunk[0];
   if (warp == 0 && lane == 0) place_chunks(order, scratch);
@@ -256,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (int rest = chunks; rest > 0; rest >>= kDigitBits)
       sort_by_digit(shared, order, scratch, passes++, barrier);
   const int* sorted = scratch.place + passes % 2 * order.kept.vocab;
-  permute(order, scratch, sorted, row_tiles, warp, warps, lane);
+  permute(order, scratch, sorted, row_tiles, warp, gridDim.x * kWarps, lane);
   barrier.wait();
   const int used = order.first_block(chunks);
   scan_blocks(shared, order.before, order.blocks + 1, used, row_tiles, [&](int tile, int block) {

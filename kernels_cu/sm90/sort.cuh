@@ -3,6 +3,7 @@
 #pragma once
 
 #include "grid.cuh"
+#include "keys.cuh"
 #include "order.cuh"
 #include "scan.cuh"
 
@@ -12,7 +13,7 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kDigits = 256;
 constexpr int kDigitBits = 8;
-constexpr int kKeyPasses = 32 / kDigitBits;
+constexpr int kKeyPasses = kKeyBits / kDigitBits;
 constexpr int kParts = kThreads / kDigits;
 
 // What is needed until the order is there.
