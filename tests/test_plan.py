@@ -415,3 +415,34 @@ def test_what_the_device_cuts_fits(tokens, given):
                 assert part.chunk_blocks > 0
                 lists = part.tiles * (-(-columns // 16) * 16)
                 assert lists <= (cut.pairs_in_one if whole else cut.pairs)
+
+
+UNFILTERED = {"gradient_filter": None}
+
+
+def check_dense(plan, tokens, vocab, dim):
+    """Check that dz of a chunk and unfinished sums lie apart within the records; count chunks."""
+    dense, cut = plan.dense, plan.hopper_backward
+    assert dense.columns > 0
+    assert dense.columns % 128 == 0
+    chunks = -(-vocab // dense.columns)
+    dz = ROW_TILE * plan.tiles * dense.columns * 2
+    assert dz <= plan.backward["records"]
+    # dE of fewer row tiles than all is not formed from dense products.
+    if chunks > 1 and cut.row_tiles == plan.tiles:
+        assert dz <= cut.low_offset
+        assert cut.low_offset + 2 * tokens * dim <= plan.backward["records"]
+    return chunks
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("tokens", "dim", "vocab", "given"),
+    [(4352, 64, 13000, None), (4096, 512, 7000, None), (8192, 64, 16000, 2**30)],
+)
+def test_dense_chunks_without_room_for_unfinished_sums_are_one(tokens, dim, vocab, given, dtype):
+    """The work of two would be dealt out more evenly."""
+    asked = problem(tokens, dim, vocab, dtype, workspace_bytes=given, **UNFILTERED)
+    plan = make_gpu_plan(asked, H100)
+    assert plan.hopper_backward.low_offset == plan.backward["records"]
+    assert check_dense(plan, tokens, vocab, dim) == 1

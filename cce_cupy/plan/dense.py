@@ -84,7 +84,9 @@ def plan_dense(
         return chunks * (longest + logits + _LAUNCHES)
 
     least = -(-blocks // most_blocks)
-    candidates = {-(-blocks // n) for n in range(least, least + least // 2 + 2) if n <= blocks}
+    # Beside records that hold all columns there is no room for unfinished sums.
+    most = 1 if least == 1 else min(least + least // 2 + 1, blocks)
+    candidates = {-(-blocks // n) for n in range(least, most + 1)}
     chunk_blocks = min(sorted(candidates), key=cost)
     tiles = -(-min(chunk_blocks * ORDER_BLOCK, vocab) // _TILE_COLUMNS)
     row_bytes = _CLUSTER * ROW_TILE * dim * itemsize
