@@ -19,6 +19,8 @@ from cce_cupy.plan import (
     make_gpu_plan,
     make_plan,
 )
+from cce_cupy.plan.dense import chunks_cost
+from cce_cupy.plan.hopper import cut_units
 from cce_cupy.problem import ArraySpec, Options, Problem
 
 H100, A100 = GpuDevice(132, (9, 0)), GpuDevice(132, (8, 0))
@@ -423,8 +425,12 @@ UNFILTERED = {"gradient_filter": None}
 def check_dense(plan, tokens, vocab, dim):
     """Check that dz of a chunk and unfinished sums lie apart within the records; count chunks."""
     dense, cut = plan.dense, plan.hopper_backward
-    assert dense.columns > 0
+    assert 0 < dense.columns < vocab + 128
     assert dense.columns % 128 == 0
+    assert dense.blocks == 132
+    row_pairs, tiles = -(-tokens // 256), -(-min(dense.columns, vocab) // TILE_COLUMNS)
+    assert 1 <= dense.unit_tiles <= tiles
+    assert 1 <= dense.group <= row_pairs
     chunks = -(-vocab // dense.columns)
     dz = ROW_TILE * plan.tiles * dense.columns * 2
     assert dz <= plan.backward["records"]
@@ -446,3 +452,69 @@ def test_dense_chunks_without_room_for_unfinished_sums_are_one(tokens, dim, voca
     plan = make_gpu_plan(asked, H100)
     assert plan.hopper_backward.low_offset == plan.backward["records"]
     assert check_dense(plan, tokens, vocab, dim) == 1
+
+
+@pytest.mark.parametrize("given", [300_000, 2**20, 2**21, 2**24, 2**26, None, 2**28, 2**31])
+@pytest.mark.parametrize("vocab", [1, 127, 500, 5000, 32000, 128256, 500_000])
+@pytest.mark.parametrize(
+    "options", [UNFILTERED, {"filter_e_grad": False}, {"filter_c_grad": False}]
+)
+def test_dense_chunks_fit_and_are_no_worse_than_the_largest(vocab, given, options):
+    for tokens in (1, 128, 129, 1000, 4352, 8192, 65536):
+        for dim in (8, 640, 2304, 8192):
+            asked = problem(tokens, dim, vocab, "bfloat16", workspace_bytes=given, **options)
+            try:
+                plan = make_gpu_plan(asked, H100)
+            except ValueError:
+                continue
+            if plan.dense is None:
+                cut = plan.hopper_backward
+                assert cut is None or cut.chunk_blocks(plan.tiles) == 0
+                continue
+            chunks = check_dense(plan, tokens, vocab, dim)
+            most = plan.hopper_backward.chunk_blocks(plan.tiles)
+            # No more than half as many again as there must be.
+            assert chunks <= 1.5 * -(-vocab // (128 * most)) + 1
+            sizes = tokens, vocab, dim, H100.processors
+            assert chunks_cost(*sizes, plan.dense.columns // 128) <= chunks_cost(*sizes, most)
+
+
+def test_dense_products_are_for_all_columns_without_bias_and_smoothing():
+    def dense(tokens=1024, dim=64, device=H100, bias=False, **options):
+        asked = problem(tokens, dim, 5000, "bfloat16", **options)
+        if bias:
+            asked = dataclasses.replace(asked, has_bias=True)
+        return make_gpu_plan(asked, device).dense is not None
+
+    assert dense(**UNFILTERED)
+    assert dense(**UNFILTERED, softcap=30.0, logit_scale=0.5, z_loss=1e-3)
+    assert dense(filter_e_grad=False)
+    assert dense(filter_c_grad=False)
+    assert dense(filter_e_grad=False, filter_c_grad=False)
+    assert not dense()
+    assert not dense(gradient_filter="threshold")
+    for options in (UNFILTERED, {"filter_e_grad": False}, {"filter_c_grad": False}):
+        assert not dense(**options, bias=True)
+        assert not dense(**options, label_smoothing=0.1)
+        assert not dense(**options, device=A100)
+        assert not dense(**options, dim=63)
+        assert not dense(1025 * ROW_TILE, **options, workspace_bytes=2**29)
+
+
+@pytest.mark.parametrize("row_blocks", [1, 5, 16, 66, 67, 512])
+@pytest.mark.parametrize("tiles", [1, 25, 67, 1366, 10**5])
+@pytest.mark.parametrize("clusters", [1, 66])
+def test_units_are_no_longer_than_they_need_be(row_blocks, tiles, clusters):
+    def rounds(unit_tiles):
+        return -(-row_blocks * -(-tiles // unit_tiles) // clusters)
+
+    unit_tiles, group = cut_units(row_blocks, tiles, clusters, 256 * 640 * 2)
+    longest = max(24, -(-tiles // clusters))
+    assert 1 <= unit_tiles <= min(longest, tiles)
+    assert 1 <= group <= row_blocks
+    # The groups are alike, and their rows of e stay in the cache.
+    assert group == -(-row_blocks // -(-row_blocks // group))
+    assert group * 256 * 640 * 2 <= 20 * 10**6
+    each = rounds(unit_tiles) * unit_tiles
+    assert each <= min(rounds(n) * (n + 0.05) for n in range(1, min(longest, tiles) + 1))
+    assert each * clusters >= row_blocks * tiles

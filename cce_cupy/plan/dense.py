@@ -64,31 +64,46 @@ def plan_dense(
     clusters, blocks = processors // _CLUSTER, -(-vocab // ORDER_BLOCK)
     if most_blocks < 1 or clusters < 1:
         return None
-    parts, row_pairs = -(-dim // _WIDTH), -(-tokens // (_CLUSTER * ROW_TILE))
-
-    def cost(chunk_blocks: int) -> float:
-        columns = min(chunk_blocks * ORDER_BLOCK, vocab)
-        chunks = -(-blocks // chunk_blocks)
-        embeddings = row_pairs * parts
-        items = embeddings + -(-chunk_blocks // _CLUSTER) * parts
-        each = columns + (_UNFINISHED if chunks > 1 else 0)
-        longest = 0
-        for first in range(min(clusters, items)):
-            mine = -(-(items - first) // clusters)
-            of_e = max(-(-(embeddings - first) // clusters), 0)
-            longest = max(longest, of_e * each + (mine - of_e) * tokens)
-        tiles = -(-columns // _TILE_COLUMNS)
-        unit_tiles, _ = cut_units(row_pairs, tiles, clusters, 1)
-        rounds = -(-row_pairs * -(-tiles // unit_tiles) // clusters)
-        logits = rounds * unit_tiles * dim * _TILE_COLUMNS / _WIDTH
-        return chunks * (longest + logits + _LAUNCHES)
-
+    row_pairs = -(-tokens // (_CLUSTER * ROW_TILE))
     least = -(-blocks // most_blocks)
     # Beside records that hold all columns there is no room for unfinished sums.
     most = 1 if least == 1 else min(least + least // 2 + 1, blocks)
     candidates = {-(-blocks // n) for n in range(least, most + 1)}
-    chunk_blocks = min(sorted(candidates), key=cost)
+    chunk_blocks = min(
+        sorted(candidates), key=lambda n: chunks_cost(tokens, vocab, dim, processors, n)
+    )
     tiles = -(-min(chunk_blocks * ORDER_BLOCK, vocab) // _TILE_COLUMNS)
     row_bytes = _CLUSTER * ROW_TILE * dim * itemsize
     unit_tiles, group = cut_units(row_pairs, tiles, clusters, row_bytes)
     return DenseCut(chunk_blocks * ORDER_BLOCK, _CLUSTER * clusters, unit_tiles, group)
+
+
+def chunks_cost(tokens: int, vocab: int, dim: int, processors: int, chunk_blocks: int) -> float:
+    """Return how long all chunks take: the depth that the fullest pair of blocks multiplies over.
+
+    Parameters
+    ----------
+    tokens, vocab, dim : int
+        Sizes of the problem.
+    processors : int
+        Multiprocessors of the device.
+    chunk_blocks : int
+        Blocks of 128 columns of a chunk.
+    """
+    clusters, blocks = processors // _CLUSTER, -(-vocab // ORDER_BLOCK)
+    parts, row_pairs = -(-dim // _WIDTH), -(-tokens // (_CLUSTER * ROW_TILE))
+    columns = min(chunk_blocks * ORDER_BLOCK, vocab)
+    chunks = -(-blocks // chunk_blocks)
+    embeddings = row_pairs * parts
+    items = embeddings + -(-chunk_blocks // _CLUSTER) * parts
+    each = columns + (_UNFINISHED if chunks > 1 else 0)
+    longest = 0
+    for first in range(min(clusters, items)):
+        mine = -(-(items - first) // clusters)
+        of_e = max(-(-(embeddings - first) // clusters), 0)
+        longest = max(longest, of_e * each + (mine - of_e) * tokens)
+    tiles = -(-columns // _TILE_COLUMNS)
+    unit_tiles, _ = cut_units(row_pairs, tiles, clusters, 1)
+    rounds = -(-row_pairs * -(-tiles // unit_tiles) // clusters)
+    logits = rounds * unit_tiles * dim * _TILE_COLUMNS / _WIDTH
+    return chunks * (longest + logits + _LAUNCHES)
