@@ -91,11 +91,9 @@ class HopperLauncher(Launcher):
             passed = room["passed_pairs"], room["carried"]
         rank_one, wanted = self.rank_one, outputs.wanted
         wants_e, wants_c = sweep.e and wanted.e, sweep.c and wanted.c
-        dense = plan.dense is not None and not sweep.filtered and part.tiles == plan.tiles
+        dense = plan.dense_chunks(sweep, part)
         if dense:
-            self._dense(
-                cut, outputs.de if wants_e else 0, outputs.dc if wants_c else 0,
-            )  # fmt: skip
+            self._dense(cut, dense, outputs.de if wants_e else 0, outputs.dc if wants_c else 0)
         with_bias = sweep.c and wanted.bias
         in_columns = problem.filter_c_grad and (wanted.c or wanted.bias)
         counts = sweep.filtered and (sweep.c or not in_columns)
@@ -116,7 +114,7 @@ class HopperLauncher(Launcher):
             cooperative=True,
         )  # fmt: skip
 
-    def _dense(self, cut: HopperBackward, de: int, dc: int) -> None:
+    def _dense(self, cut: HopperBackward, chunks: range, de: int, dc: int) -> None:
         """Form gradients of all columns chunk by chunk; nothing where any token is ignored."""
         problem, room, inputs, dense = self.problem, self.room, self.inputs, self.plan.dense
         assert dense is not None
@@ -127,7 +125,7 @@ class HopperLauncher(Launcher):
         def boxes(pointer: int, rows: int, columns: int, stride: int, box: int) -> TensorMap:
             return TensorMap(pointer, (rows, columns), stride, problem.dtype, (box, _BOX))
 
-        for first in range(0, vocab, dense.columns):
+        for first in chunks:
             columns = min(dense.columns, vocab - first)
             chunk = c.pointer + first * c.stride * ITEMSIZE[problem.dtype]
             self.launch(

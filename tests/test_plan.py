@@ -288,7 +288,7 @@ def check_hopper_backward(plan, tokens, vocab):
         assert list(cut.scratch) == sorted(set(cut.scratch))
         assert cut.scratch[0] == 0
         assert cut.scratch[-1] + 4 * cut.order_blocks <= room["records"]
-    launches = 0
+    launches = passed = 0
     for sweep in plan.sweeps:
         passes = list(cut.passes(plan.tiles, alone=not sweep.c, filtered=sweep.filtered))
         rows = [tile for part in passes for tile in range(part.first_tile, sum(part[:2]))]
@@ -296,10 +296,19 @@ def check_hopper_backward(plan, tokens, vocab):
         assert len(passes) == (1 if sweep.c else -(-plan.tiles // cut.row_tiles))
         assert all((part.chunk_blocks == 0) == sweep.filtered for part in passes)
         launches += len(passes)
+        passed += len(passes)
+        for part in passes:
+            chunks = plan.dense_chunks(sweep, part)
+            is_dense = plan.dense is not None and not sweep.filtered and part.tiles == plan.tiles
+            assert bool(chunks) == is_dense
+            if is_dense:
+                assert chunks[0] == 0
+                assert chunks[-1] < vocab <= chunks[-1] + plan.dense.columns
+            launches += len(chunks)
     assert plan.parts == launches
     assert len(plan.sweeps) == (1 if cut.together else 2)
     # A wanted gradient alone takes no more passes than there are counters for.
-    most = max(launches, -(-plan.tiles // cut.row_tiles))
+    most = max(passed, -(-plan.tiles // cut.row_tiles))
     assert room["counters"] >= 8 + most * cut.counters[-1]
 
 

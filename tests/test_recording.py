@@ -222,14 +222,16 @@ def test_recorded_launches_are_those_formed_for_a_call(
     assert library.recorded == 1 + (wanted is not None and plan.parts <= gpu.MOST_PARTS)
 
 
-ON_HOPPER = {  # passes over the rows, and how many of them sort the columns that are kept
-    "plain": (1, 1),
-    "one tile": (1, 1),
-    "options": (1, 0),
-    "every column": (1, 0),
-    "one side": (2, 1),
-    "passes": (3, 3),
-    "rank one": (1, 1),
+# Passes over the rows, how many of them sort the columns that are kept, and the chunks of columns
+# whose gradients are formed before one of them, if every token counts.
+ON_HOPPER = {
+    "plain": (1, 1, 0),
+    "one tile": (1, 1, 0),
+    "options": (1, 0, 0),
+    "every column": (1, 0, 0),
+    "one side": (2, 1, 1),
+    "passes": (3, 3, 0),
+    "rank one": (1, 1, 0),
 }
 
 
@@ -239,7 +241,8 @@ def test_recorded_backward_on_hopper(library, monkeypatch, name):
     described = specs(*shapes)
     plan = make_gpu_plan(Problem.check(described, Options(**options)), H100)
     assert plan.hopper_backward is not None
-    assert plan.parts == ON_HOPPER[name][0]
+    passes, sorting, chunks = ON_HOPPER[name]
+    assert plan.parts == passes + chunks
 
     def run(first, stream):
         call(Memory(first, stream), described, options, wanted=Wanted(), **extra)
@@ -255,7 +258,7 @@ def test_recorded_backward_on_hopper(library, monkeypatch, name):
     assert recorded == formed
     together = [(kernel, sizes) for kernel, sizes, *_, how in recorded if how == "cooperative"]
     kernels = [kernel for kernel, _ in together]
-    assert (kernels.count("backward"), kernels.count("order_columns")) == ON_HOPPER[name]
+    assert (kernels.count("backward"), kernels.count("order_columns")) == (passes, sorting)
     assert set(kernels) <= {"backward", "order_columns"}
     # Blocks that wait for each other must all fit onto the device.
     assert all(sizes[:3] == [132, 1, 1] for _, sizes in together)
@@ -295,6 +298,15 @@ def test_many_parts_are_not_kept(library):
         call(Memory(2**40), described, {"workspace_bytes": 500_000}, wanted=Wanted())
     assert library.recorded == 1  # the forward
     assert len(library.take()) > 3 * 4 * gpu.MOST_PARTS
+
+
+def test_many_dense_chunks_are_not_kept(library):
+    described = specs(300, 50_000, 64, "bfloat16")
+    options = {"gradient_filter": None, "workspace_bytes": 2**20}
+    for _ in range(3):
+        call(Memory(2**40), described, options, wanted=Wanted())
+    assert library.recorded == 1  # the forward
+    assert len(library.take()) > 3 * 2 * gpu.MOST_PARTS
 
 
 def test_launches_of_both_kinds_keep_their_order(library):

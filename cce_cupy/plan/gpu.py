@@ -10,8 +10,10 @@ from typing import NamedTuple
 from ..problem import Problem
 from .dense import DenseCut, plan_dense
 from .hopper import (
+    ORDER_BLOCK,
     HopperBackward,
     HopperForward,
+    HopperPass,
     plan_hopper_backward,
     plan_hopper_forward,
     refuse_hopper,
@@ -130,13 +132,22 @@ class GpuPlan:
         """Of the backward, each with launches of its own."""
         cut = self.hopper_backward
         if cut is not None:
-            return sum(
-                len(list(cut.passes(self.tiles, alone=not sweep.c, filtered=sweep.filtered)))
+            passes = (
+                (sweep, part)
                 for sweep in self.sweeps
+                for part in cut.passes(self.tiles, alone=not sweep.c, filtered=sweep.filtered)
             )
+            return sum(1 + len(self.dense_chunks(*found)) for found in passes)
         return -(-self.words * COLUMN_CHUNK // self.range_columns) * -(
             -self.tiles // self.part_tiles
         )
+
+    def dense_chunks(self, sweep: Sweep, part: HopperPass) -> range:
+        """Return the first columns of the chunks of dense products that come before a pass."""
+        cut, dense = self.hopper_backward, self.dense
+        if cut is None or dense is None or sweep.filtered or part.tiles < self.tiles:
+            return range(0)
+        return range(0, cut.natural_blocks * ORDER_BLOCK, dense.columns)
 
 
 class GpuDevice(NamedTuple):
