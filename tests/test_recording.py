@@ -5,6 +5,7 @@ What the stub is given must be what it is given by launches that are formed for 
 
 import contextlib
 import ctypes
+import struct
 import threading
 from types import SimpleNamespace
 
@@ -17,7 +18,13 @@ from cce_cupy.frameworks.gpu import GpuCall
 from cce_cupy.plan import GpuDevice, Wanted, make_gpu_plan
 from cce_cupy.problem import ArraySpec, Options, Problem
 from cce_cupy.recording import Launch, Recording, stand_in
-from cce_cupy.signatures import PARAMETERS, layout
+from cce_cupy.signatures import (
+    DENSE_DLOGITS,
+    DENSE_GRADIENTS,
+    HOPPER_BACKWARD,
+    PARAMETERS,
+    layout,
+)
 
 H100, A100 = GpuDevice(132, (9, 0)), GpuDevice(108, (8, 0))
 
@@ -188,7 +195,19 @@ CALLS = {
         {"outputs": ("loss", "lse"), "dlse": True},
     ),
     "every column": ((300, 5000, 64, "float16", "bias"), {"gradient_filter": None}, {}),
+    "dense": ((300, 5000, 64, "float16", "token_weight"), {"gradient_filter": None}, {}),
+    "dense chunks": (
+        (300, 20_000, 64, "bfloat16"),
+        {"gradient_filter": None, "workspace_bytes": 2**22},
+        {"outputs": ("loss", "lse"), "dlse": True},
+    ),
+    "dense dc": (
+        (1000, 2500, 1024, "bfloat16"),
+        {"gradient_filter": None, "workspace_bytes": 2**21},
+        {},
+    ),
     "one side": ((300, 5000, 64, "bfloat16"), {"filter_c_grad": False}, {}),
+    "other side": ((300, 5000, 64, "bfloat16"), {"filter_e_grad": False}, {}),
     "passes": ((1000, 5000, 1024, "bfloat16"), {"workspace_bytes": 2**21}, {}),
     "rank one": ((300, 5000, 64, "bfloat16", "bias"), {"label_smoothing": 0.1}, {}),
     "in parts": ((300, 5000, 64, "float32"), {"workspace_bytes": 1_500_000}, {}),
@@ -229,7 +248,11 @@ ON_HOPPER = {
     "one tile": (1, 1, 0),
     "options": (1, 0, 0),
     "every column": (1, 0, 0),
+    "dense": (1, 0, 1),
+    "dense chunks": (1, 0, 4),
+    "dense dc": (3, 0, 7),
     "one side": (2, 1, 1),
+    "other side": (2, 1, 1),
     "passes": (3, 3, 0),
     "rank one": (1, 1, 0),
 }
@@ -265,6 +288,60 @@ def test_recorded_backward_on_hopper(library, monkeypatch, name):
     alone = {kernel for kernel, *_, how in recorded if how != "cooperative"}
     assert {"map_rows", "row_factors"} <= alone
     assert not alone & {"backward", "order_columns", "dlogits"}
+    dense = [kernel for kernel, *_ in recorded if kernel.startswith("dense_")]
+    assert dense == ["dense_dlogits", "dense_gradients"] * chunks
+
+
+DENSE = {"dense": "ec", "dense chunks": "ec", "dense dc": "c", "one side": "c", "other side": "e"}
+
+
+@pytest.mark.parametrize("name", ON_HOPPER)
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(e=False), Wanted(c=False, bias=False)])
+def test_the_backward_knows_whether_dense_products_came_before(library, name, wanted):
+    shapes, options, extra = CALLS[name]
+    rows, vocab, dim, *_ = shapes
+    described = specs(*shapes)
+    plan = make_gpu_plan(Problem.check(described, Options(**options)), H100)
+
+    def read(format, argument):
+        return struct.unpack("@" + format, argument)
+
+    seen = set()
+    # Formed twice, then made again with other addresses.
+    for first in (2**40, 2**45, 2**46):
+        call(Memory(first), described, options, wanted=wanted, **extra)
+        chunks = []
+        for function, sizes, *_, arguments, how in library.take():
+            kernel = library.names[function]
+            if kernel.startswith("dense_"):
+                assert (sizes[:3], how) == ([plan.dense.blocks, 1, 1], None)
+                chunks.append((kernel, arguments))
+            elif kernel == "backward":
+                last = read(HOPPER_BACKWARD, arguments[1])
+                low, de, dc, dense_rows = last[-12], last[-7], last[-6], last[-1]
+                formed = "e" * bool(de) + "c" * bool(dc)
+                expected = ON_HOPPER[name][2] if set(formed) & set(DENSE.get(name, "")) else 0
+                assert len(chunks) == 2 * expected
+                assert dense_rows == (rows if chunks else -1)
+                at = 0
+                for (one, dz), (two, gradients) in zip(chunks[::2], chunks[1::2], strict=True):
+                    assert (one, two) == ("dense_dlogits", "dense_gradients")
+                    *given, largest, into, pitch = read(DENSE_DLOGITS, dz[2])
+                    columns = min(plan.dense.columns, vocab - at)
+                    assert tuple(given[8:12]) == (rows, dim, at, columns)
+                    assert pitch == plan.dense.columns
+                    found = read(DENSE_GRADIENTS, gradients[1])
+                    assert found[1:6] == (rows, dim, at, columns, vocab)
+                    assert found[-4:] == (largest, low, de, dc)
+                    # The matrix that one writes is the one that the other copies boxes of.
+                    assert b"matrix at %x." % into in gradients[0][:128]
+                    assert gradients[0][256:] == dz[1]
+                    at += columns
+                assert at == (vocab if chunks else 0)
+                seen.update(formed)
+                chunks = []
+        assert chunks == []
+    assert seen == {side for side in "ec" if getattr(wanted, side)}
 
 
 def test_calls_of_two_shapes_take_turns(library):
