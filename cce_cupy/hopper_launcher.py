@@ -1,4 +1,8 @@
-"""The launches of the backward on Hopper: the columns' order, then all chunks in one launch."""
+"""The launches of the backward on Hopper: the columns' order, then all chunks in one launch.
+
+Where every column is kept, launches for each chunk come before that one, and do its work if every
+token counts: only the device knows.
+"""
 
 from __future__ import annotations
 
