@@ -240,7 +240,8 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         }
     sweeps = choose_sweeps(chosen, together=together)
     dense = None
-    if hopper_backward is not None and not (smooths or problem.has_bias):
+    # A shift leaves tokens that do not count.
+    if hopper_backward is not None and not (smooths or problem.has_bias or problem.shift):
         most = hopper_backward.chunk_blocks(tiles)
         if not all(sweep.filtered for sweep in sweeps):
             dense = plan_dense(

@@ -223,6 +223,7 @@ def test_one_dense_side(cupy, side):
 def test_dense_gradients_of_rows_that_hold_anything(cupy, shift):
     """One ignored token is enough for the other way; so is a shift."""
     case = dense_problem(257, 3000, 72, "bfloat16", shift=shift)
+    assert (plan_of(case, **UNFILTERED).dense is None) == (shift > 0)
     if shift == 0:
         case.targets[200] = -100
     row = 200 if shift == 0 else 256
