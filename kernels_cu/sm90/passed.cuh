@@ -10,7 +10,7 @@ namespace cce {
 
 constexpr int kStep = 16;      // pairs that enter a sum at once: what is left over waits for the next chunk
 constexpr int kSlotsRead = 16;  // by a thread at once
-static_assert(kListUnit % kSlotsRead == 0, "a thread reads whole units");
+static_assert(kListUnit % 4 == 0 && kSlotsRead % 4 == 0, "four slots are read at once");
 
 // The list of a row tile's passed pairs has room for what was carried, too.
 __device__ __forceinline__ int passed_start(const Shared& shared, const BackwardArguments& call,
@@ -38,16 +38,18 @@ __device__ __forceinline__ void list_passed(Shared& shared, const BackwardArgume
       int number = 0;
 #pragma unroll
       for (int i = 0; i < kSlotsRead; i += 4) {
-        // Whole units can be read; those past the last are nobody's.
         int4 four = make_int4(-1, -1, -1, -1);
-        if (own + i < pairs) four = *reinterpret_cast<const int4*>(slot + own + i);
+        if (own + i + 4 <= pairs) {
+          four = *reinterpret_cast<const int4*>(slot + own + i);
+        } else {  // those past the last are nobody's, and nobody has written them
+          if (own + i < pairs) four.x = slot[own + i];
+          if (own + i + 1 < pairs) four.y = slot[own + i + 1];
+          if (own + i + 2 < pairs) four.z = slot[own + i + 2];
+        }
         found[i] = four.x, found[i + 1] = four.y, found[i + 2] = four.z, found[i + 3] = four.w;
       }
 #pragma unroll
-      for (int i = 0; i < kSlotsRead; ++i) {
-        if (own + i >= pairs) found[i] = -1;
-        number += found[i] >= 0;
-      }
+      for (int i = 0; i < kSlotsRead; ++i) number += found[i] >= 0;
       int all;
       int at = total + sum_before<kCopiers, kGroupThreads>(shared.copier_sum, number, &all);
 #pragma unroll
