@@ -3,6 +3,7 @@
 // up while the other multiplies. Leaves partial sums of units, which rows.cu merges.
 #pragma once
 
+#include "copies.cuh"
 #include "sums.cuh"
 
 namespace cce {
@@ -88,6 +89,7 @@ __device__ __forceinline__ void copy_tiles(Memory& shared, const TensorMap& e_ma
   constexpr int kRowStep = kGroupThreads / kWordsOfRow;
   constexpr int kRowsOfThread = kTileM / kRowStep;
   constexpr int kWarps = kGroupThreads / 32;
+  constexpr int kCopies = 2;  // whose addresses are held at once: registers are few here
   static_assert(kRowStep % 8 == 0, "a thread's rows have one swizzle");
   const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
   const int steps = (dim + kTileK - 1) / kTileK;
@@ -145,9 +147,18 @@ __device__ __forceinline__ void copy_tiles(Memory& shared, const TensorMap& e_ma
           const Storage* from = call.e.data + step * kTileK;
           const uint32 bytes = step * kTileK + word * kWordElements < dim ? kWordBytes : 0;
 #pragma unroll
-          for (int i = 0; i < kRowsOfThread; ++i)
-            copy_word(to + i * kRowStep * kTileK * sizeof(Storage),
-                      from + static_cast<uint64>(word_of_row[i]) * kWordElements, bytes);
+          for (int i = 0; i < kRowsOfThread; i += kCopies) {
+            const Storage* of_row[kCopies];
+#pragma unroll
+            for (int k = 0; k < kCopies; ++k)
+              of_row[k] = from + static_cast<uint64>(word_of_row[i + k]) * kWordElements;
+#pragma unroll
+            for (int k = 0; k < kCopies; ++k)
+              copy_word(to + (i + k) * kRowStep * kTileK * sizeof(Storage), of_row[k], bytes);
+            KeptAddresses kept;
+            kept.keep(of_row);
+            kept.finish();
+          }
           arrive_after_words(full);
         }
       }

@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitize.py
 
-Dtypes may be named, and filters by number, so that slow tools can take them side by side; all of them
-otherwise.
+Dtypes may be named, and filters by number, so that slow tools can take them side by side; all of
+them otherwise.
 Every allocation is one of its own, and so is every piece of workspace: in a pool, what lies behind
 an array is the pool's too, and an access there would not show. It fails when a kernel of the
 library has not been launched, unless filters are named.
