@@ -79,7 +79,8 @@ __device__ __forceinline__ void release(const uint64& empty) {
 
 // Fill stages, unit by unit. Boxes of c, and of e where its rows follow each other, are asked for by
 // one thread; around ignored tokens all threads copy e word by word, and warps take turns at asking.
-template <int kCluster, typename Memory, typename Arguments>
+// kAllFollow says that there are none of those.
+template <int kCluster, bool kAllFollow, typename Memory, typename Arguments>
 __device__ __forceinline__ void copy_tiles(Memory& shared, const TensorMap& e_map,
                                            const TensorMap& c_map, const Arguments& call, int count,
                                            const Order& order, uint32 rank) {
@@ -104,11 +105,12 @@ __device__ __forceinline__ void copy_tiles(Memory& shared, const TensorMap& e_ma
   for (int number = blockIdx.x / kCluster; number < units; number += gridDim.x / kCluster) {
     const Unit unit(order, number);
     const TileRows rows(call.map, count, unit.row_block * kCluster + rank);
+    const bool follow = kAllFollow || rows.follow;
     // Barriers take whole warps, of which some threads may have had less to do.
     __syncwarp();
     // Of this thread's words: one of eight in each of eight rows, sixteen rows apart.
     uint32 word_of_row[kRowsOfThread];
-    if (!rows.follow) {
+    if (!follow) {
       // The others may come to it no earlier than the one who copied all before.
       named_sync<kCopiers, kGroupThreads>();
 #pragma unroll
@@ -127,8 +129,8 @@ __device__ __forceinline__ void copy_tiles(Memory& shared, const TensorMap& e_ma
         Stage& stage = shared.stage[place.stage];
         wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
         const uint32 full = shared_address(&shared.ring.full[place.stage]);
-        if (thread == (rows.follow ? 0 : step % kWarps * 32)) {
-          mbarrier_expect_bytes(full, sizeof(stage.c) + (rows.follow ? sizeof(stage.e) : 0));
+        if (thread == (follow ? 0 : step % kWarps * 32)) {
+          mbarrier_expect_bytes(full, sizeof(stage.c) + (follow ? sizeof(stage.e) : 0));
           const int left = tile * kTileN + static_cast<int>(rank) * kShare;
           Storage* share = stage.c + rank * kShare * kTileK;
           if (kCluster == 1) {
@@ -137,15 +139,16 @@ __device__ __forceinline__ void copy_tiles(Memory& shared, const TensorMap& e_ma
             copy_box_to_blocks(shared_address(share), c_map, step * kTileK, left, full,
                                (1 << kCluster) - 1, kEvictFirst);
           }
-          if (rows.follow) {
+          if (follow) {
             copy_box(shared_address(stage.e), e_map, step * kTileK, rows.source, full, kEvictLast);
             mbarrier_arrive(full, kGroupThreads);
           }
         }
-        if (!rows.follow) {
+        if (!follow) {
           const uint32 to = shared_address(stage.e) + place_in_stage;
           const Storage* from = call.e.data + step * kTileK;
           const uint32 bytes = step * kTileK + word * kWordElements < dim ? kWordBytes : 0;
+          KeptAddresses kept;
 #pragma unroll
           for (int i = 0; i < kRowsOfThread; i += kCopies) {
             const Storage* of_row[kCopies];
@@ -155,10 +158,9 @@ __device__ __forceinline__ void copy_tiles(Memory& shared, const TensorMap& e_ma
 #pragma unroll
             for (int k = 0; k < kCopies; ++k)
               copy_word(to + (i + k) * kRowStep * kTileK * sizeof(Storage), of_row[k], bytes);
-            KeptAddresses kept;
             kept.keep(of_row);
-            kept.finish();
           }
+          kept.finish();
           arrive_after_words(full);
         }
       }
@@ -343,7 +345,7 @@ __device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_m
   order.group = given.group;
   if (threadIdx.x < kGroupThreads) {
     give_registers<kCopyRegisters>();
-    copy_tiles<kCluster>(shared, e_map, c_map, given, count, order, rank);
+    copy_tiles<kCluster, false>(shared, e_map, c_map, given, count, order, rank);
   } else {
     take_registers<kSumRegisters>();
     sum_tiles<kCluster, kPlain, kStatistics>(shared, given, count, order);
