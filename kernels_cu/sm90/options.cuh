@@ -20,30 +20,35 @@ __device__ __forceinline__ void make_logits(Block z, const ForwardArguments& cal
                                             int columns, int lane) {
   const float lowest = -static_cast<float>(infinity());
   const float scale = static_cast<float>(call.options.scale);
+  // A softcap alone, as models have it, spares a pass over the logits.
+  const bool affine = call.bias != nullptr || scale != 1.0f || call.options.softcap <= 0.0;
+  if (affine) {
 #pragma unroll
-  for (int j = 0; j < kSpans; ++j)
+    for (int j = 0; j < kSpans; ++j)
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      one_by_one(z[SumPlace::index(j, 0, side)]);
-      const int x = SumPlace::column(lane, j, side);
-      const float bias =
-          call.bias == nullptr || x >= columns ? 0.0f : widen(call.bias[left + x]);
+      for (int side = 0; side < 2; ++side) {
+        one_by_one(z[SumPlace::index(j, 0, side)]);
+        const int x = SumPlace::column(lane, j, side);
+        const float bias =
+            call.bias == nullptr || x >= columns ? 0.0f : widen(call.bias[left + x]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& logit = z[SumPlace::index(j, half, side)];
-        logit = fmaf(logit, scale, bias);
-        if (logit == lowest) logit = static_cast<float>(not_a_number());
-        if (bias == lowest) logit = lowest;
+        for (int half = 0; half < 2; ++half) {
+          float& logit = z[SumPlace::index(j, half, side)];
+          logit = fmaf(logit, scale, bias);
+          if (logit == lowest) logit = static_cast<float>(not_a_number());
+          if (bias == lowest) logit = lowest;
+        }
       }
-    }
+  }
   if (call.options.softcap <= 0.0) return;
   const float cap = static_cast<float>(call.options.softcap), inverse = 1.0f / cap;
+  const float removed = affine ? lowest : static_cast<float>(not_a_number());  // equal to none
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
     one_by_one(z[i]);
     // z * 0 is NaN for an infinity, which tanh would turn into a number.
     const float capped = fmaf(z[i], 0.0f, cap * fast_tangent(z[i] * inverse));
-    z[i] = z[i] == lowest ? lowest : capped;
+    z[i] = z[i] == removed ? lowest : capped;
   }
 }
 
