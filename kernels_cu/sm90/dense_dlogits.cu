@@ -115,18 +115,7 @@ __device__ __forceinline__ void form_tiles(DenseShared& shared, const DenseDlogi
         continue;
       }
       take_turn(this_thread() / kGroupThreads);
-      int done = 0;
-      for (int step = 0; step < steps; ++step) {
-        wait_for(shared.ring.full[place.stage], place.parity);
-        product_fence();
-        start_products(z, shared.stage[place.stage], step == 0);
-        if (step > 0) {
-          product_wait<1>();
-          release<kCluster>(shared.ring.empty[done]);
-        }
-        done = place.stage;
-        place.next();
-      }
+      const int done = multiply_tile<kCluster>(z, shared, place, steps, true);
       // The other's products may queue behind these.
       give_turn(1 - this_thread() / kGroupThreads);
       product_wait<0>();

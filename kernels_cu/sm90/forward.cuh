@@ -183,6 +183,27 @@ __device__ __forceinline__ void give_turn(int consumer) {
   }
 }
 
+// Multiply the stages of a tile; those of the last are under way still, and the stage is returned.
+template <int kCluster, typename Memory>
+__device__ __forceinline__ int multiply_tile(float (&z)[kBlocksM][kSums], Memory& shared,
+                                             RingPlace<kStages>& place, int steps, bool follow) {
+  int done = 0;
+  for (int step = 0; step < steps; ++step) {
+    wait_for(shared.ring.full[place.stage], place.parity);
+    // What words came as is written in the ordinary way, and read by the matrix unit.
+    if (!follow) fence_async_proxy();
+    product_fence();
+    start_products(z, shared.stage[place.stage], step == 0);
+    if (step > 0) {
+      product_wait<1>();
+      release<kCluster>(shared.ring.empty[done]);
+    }
+    done = place.stage;
+    place.next();
+  }
+  return done;
+}
+
 __device__ __forceinline__ void raise_bound(int* bound, float reference, float sum) {
   // Of a sum that is not a number, or of none, nothing follows.
   if (sum > 0) atomicMax(bound, ordered(reference + logarithm_to_two(sum)));
@@ -264,20 +285,7 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
         continue;
       }
       take_turn(this_thread() / kGroupThreads);
-      int done = 0;
-      for (int step = 0; step < steps; ++step) {
-        wait_for(shared.ring.full[place.stage], place.parity);
-        // What words came as is written in the ordinary way, and read by the matrix unit.
-        if (!follow) fence_async_proxy();
-        product_fence();
-        start_products(z, shared.stage[place.stage], step == 0);
-        if (step > 0) {
-          product_wait<1>();
-          release<kCluster>(shared.ring.empty[done]);
-        }
-        done = place.stage;
-        place.next();
-      }
+      const int done = multiply_tile<kCluster>(z, shared, place, steps, follow);
       // The other's products may queue behind these.
       give_turn(1 - this_thread() / kGroupThreads);
       if (!kStatistics && call.bits != nullptr &&
