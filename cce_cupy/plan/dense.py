@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .hopper import ORDER_BLOCK, cut_units
+from .hopper import ORDER_BLOCK, TILE_COLUMNS, cut_units
 from .shared import ROW_TILE
 
 _CLUSTER = 2
 _WIDTH = 256
 """kWidth of kernels_cu/sm90/backward.cuh: elements of D whose gradients are formed at once."""
-
-_TILE_COLUMNS = 192
-"""kTileN of kernels_cu/sm90/tile.cuh."""
 
 _UNFINISHED = 512
 """What it costs to take up and leave unfinished sums of dE, in elements of depth."""
@@ -72,7 +69,7 @@ def plan_dense(
     chunk_blocks = min(
         sorted(candidates), key=lambda n: chunks_cost(tokens, vocab, dim, processors, n)
     )
-    tiles = -(-min(chunk_blocks * ORDER_BLOCK, vocab) // _TILE_COLUMNS)
+    tiles = -(-min(chunk_blocks * ORDER_BLOCK, vocab) // TILE_COLUMNS)
     row_bytes = _CLUSTER * ROW_TILE * dim * itemsize
     unit_tiles, group = cut_units(row_pairs, tiles, clusters, row_bytes)
     return DenseCut(chunk_blocks * ORDER_BLOCK, _CLUSTER * clusters, unit_tiles, group)
@@ -102,8 +99,8 @@ def chunks_cost(tokens: int, vocab: int, dim: int, processors: int, chunk_blocks
         mine = -(-(items - first) // clusters)
         of_e = max(-(-(embeddings - first) // clusters), 0)
         longest = max(longest, of_e * each + (mine - of_e) * tokens)
-    tiles = -(-columns // _TILE_COLUMNS)
+    tiles = -(-columns // TILE_COLUMNS)
     unit_tiles, _ = cut_units(row_pairs, tiles, clusters, 1)
     rounds = -(-row_pairs * -(-tiles // unit_tiles) // clusters)
-    logits = rounds * unit_tiles * dim * _TILE_COLUMNS / _WIDTH
+    logits = rounds * unit_tiles * dim * TILE_COLUMNS / _WIDTH
     return chunks * (longest + logits + _LAUNCHES)
