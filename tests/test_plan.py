@@ -20,7 +20,7 @@ from cce_cupy.plan import (
     make_plan,
 )
 from cce_cupy.plan.dense import chunks_cost
-from cce_cupy.plan.hopper import cut_units
+from cce_cupy.plan.hopper import cut_units, group_rows
 from cce_cupy.problem import ArraySpec, Options, Problem
 
 H100, A100 = GpuDevice(132, (9, 0)), GpuDevice(132, (8, 0))
@@ -517,7 +517,8 @@ def test_units_are_no_longer_than_they_need_be(row_blocks, tiles, clusters):
     def rounds(unit_tiles):
         return -(-row_blocks * -(-tiles // unit_tiles) // clusters)
 
-    unit_tiles, group = cut_units(row_blocks, tiles, clusters, 256 * 640 * 2)
+    unit_tiles = cut_units(row_blocks, tiles, clusters)
+    group = group_rows(row_blocks, 256 * 640 * 2)
     longest = max(24, -(-tiles // clusters))
     assert 1 <= unit_tiles <= min(longest, tiles)
     assert 1 <= group <= row_blocks

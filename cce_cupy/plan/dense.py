@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .hopper import ORDER_BLOCK, TILE_COLUMNS, cut_units
+from .hopper import ORDER_BLOCK, TILE_COLUMNS, cut_units, group_rows
 from .shared import ROW_TILE
 
 _CLUSTER = 2
@@ -70,9 +70,12 @@ def plan_dense(
         sorted(candidates), key=lambda n: chunks_cost(tokens, vocab, dim, processors, n)
     )
     tiles = -(-min(chunk_blocks * ORDER_BLOCK, vocab) // TILE_COLUMNS)
-    row_bytes = _CLUSTER * ROW_TILE * dim * itemsize
-    unit_tiles, group = cut_units(row_pairs, tiles, clusters, row_bytes)
-    return DenseCut(chunk_blocks * ORDER_BLOCK, _CLUSTER * clusters, unit_tiles, group)
+    return DenseCut(
+        columns=chunk_blocks * ORDER_BLOCK,
+        blocks=_CLUSTER * clusters,
+        unit_tiles=cut_units(row_pairs, tiles, clusters),
+        group=group_rows(row_pairs, _CLUSTER * ROW_TILE * dim * itemsize),
+    )
 
 
 def chunks_cost(tokens: int, vocab: int, dim: int, processors: int, chunk_blocks: int) -> float:
@@ -100,7 +103,7 @@ def chunks_cost(tokens: int, vocab: int, dim: int, processors: int, chunk_blocks
         of_e = max(-(-(embeddings - first) // clusters), 0)
         longest = max(longest, of_e * each + (mine - of_e) * tokens)
     tiles = -(-columns // TILE_COLUMNS)
-    unit_tiles, _ = cut_units(row_pairs, tiles, clusters, 1)
+    unit_tiles = cut_units(row_pairs, tiles, clusters)
     rounds = -(-row_pairs * -(-tiles // unit_tiles) // clusters)
     logits = rounds * unit_tiles * dim * TILE_COLUMNS / _WIDTH
     return chunks * (longest + logits + _LAUNCHES)

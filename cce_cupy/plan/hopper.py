@@ -102,19 +102,18 @@ def plan_hopper_forward(problem: Problem, processors: int) -> HopperForward:
     clusters = max(processors // cluster, 1)
     row_blocks = -(-problem.tokens // rows)
     tiles = -(-problem.vocab // TILE_COLUMNS)
-    row_bytes = rows * problem.dim * ITEMSIZE[problem.dtype]
-    unit_tiles, group = cut_units(row_blocks, tiles, clusters, row_bytes)
+    unit_tiles = cut_units(row_blocks, tiles, clusters)
     return HopperForward(
         kernel="forward_single" if cluster == 1 else "forward_pairs",
         blocks=min(clusters, row_blocks * -(-tiles // unit_tiles)) * cluster,
         unit_tiles=unit_tiles,
-        group=group,
+        group=group_rows(row_blocks, rows * problem.dim * ITEMSIZE[problem.dtype]),
         parts=_CONSUMERS * -(-tiles // unit_tiles),
     )
 
 
-def cut_units(row_blocks: int, tiles: int, clusters: int, row_bytes: int) -> tuple[int, int]:
-    """Return the column tiles of a unit of work, and how many row blocks go together.
+def cut_units(row_blocks: int, tiles: int, clusters: int) -> int:
+    """Return the column tiles of a unit of work: the last round is as full as the others.
 
     Parameters
     ----------
@@ -122,8 +121,6 @@ def cut_units(row_blocks: int, tiles: int, clusters: int, row_bytes: int) -> tup
         Row blocks and column tiles of the product.
     clusters : int
         Units that are worked on at a time.
-    row_bytes : int
-        Bytes of the rows of a row block.
     """
 
     def cost(unit_tiles: int) -> float:
@@ -132,9 +129,13 @@ def cut_units(row_blocks: int, tiles: int, clusters: int, row_bytes: int) -> tup
         return -(-units // clusters) * (unit_tiles + 0.05)
 
     longest = max(_LONGEST_UNIT, -(-tiles // clusters))
-    unit_tiles = min(range(1, min(longest, tiles) + 1), key=lambda u: (cost(u), -u))
-    groups = -(-row_blocks // max(1, min(row_blocks, _CACHED_ROWS_BYTES // row_bytes)))
-    return unit_tiles, -(-row_blocks // groups)
+    return min(range(1, min(longest, tiles) + 1), key=lambda u: (cost(u), -u))
+
+
+def group_rows(row_blocks: int, block_bytes: int) -> int:
+    """Return how many row blocks, of so many bytes each, are worked on together."""
+    groups = -(-row_blocks // max(1, min(row_blocks, _CACHED_ROWS_BYTES // block_bytes)))
+    return -(-row_blocks // groups)
 
 
 class HopperPass(NamedTuple):

@@ -5,6 +5,8 @@
 
 namespace cce {
 
+constexpr int kCluster = 2;
+
 struct DenseDlogitArguments {
   Matrix e;
   RowMap map;
@@ -93,7 +95,6 @@ __device__ __forceinline__ void read_rows(DenseShared& shared, const DenseDlogit
     }
 }
 
-template <int kCluster>
 __device__ __forceinline__ void form_tiles(DenseShared& shared, const DenseDlogitArguments& call,
                                            const Order& order) {
   const int steps = (static_cast<int>(call.dim) + kTileK - 1) / kTileK;
@@ -139,7 +140,6 @@ using namespace cce;
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     dense_dlogits(const __grid_constant__ TensorMap e_map, const __grid_constant__ TensorMap c_map,
                   const __grid_constant__ DenseDlogitArguments call) {
-  constexpr int kCluster = 2;
   if (*call.map.count != call.tokens) return;
   extern __shared__ unsigned char memory[];
   DenseShared& shared = *reinterpret_cast<DenseShared*>(
@@ -165,7 +165,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads,
     copy_tiles<kCluster, true>(shared, e_map, c_map, call, static_cast<int>(call.tokens), order, rank);
   } else {
     take_registers<kSumRegisters>();
-    form_tiles<kCluster>(shared, call, order);
+    form_tiles(shared, call, order);
   }
   // No block may leave while another still copies to it or hands stages back to it.
   cluster_arrive();

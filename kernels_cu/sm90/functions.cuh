@@ -46,6 +46,7 @@ struct RowFactors {
   const float* onehot;
   const float* smoothing;
 };
+
 // Records of float16 are scaled to where it has its digits: the rows' factors may be as small as one
 // over the number of tokens. A power of two.
 __device__ __forceinline__ float record_scale(const uint32* largest) {
