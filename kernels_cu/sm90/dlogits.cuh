@@ -150,14 +150,15 @@ struct OwnColumn {
 };
 
 constexpr int kSpans = kRowTile / 8;
-__device__ __forceinline__ constexpr int sum_index(int span, int half, int side) {
-  return 4 * span + 2 * half + side;
-}
+// The first half of a thread's sums of a block: of one column. Those of another one eight further on lie
+// kOtherHalf behind.
+constexpr int kOtherHalf = 2;
+__device__ __forceinline__ constexpr int sum_index(int span, int side) { return 4 * span + side; }
 
 // Logits in place, but for removed entries. The same numbers as the forward's make_logits, whose registers
 // overflow when it shares a function for them.
 __device__ __forceinline__ void make_logits(float (&z)[kLogits], const BackwardArguments& call,
-                                            const OwnColumn& own, int half) {
+                                            const OwnColumn& own) {
   const float lowest = -static_cast<float>(infinity());
   const float scale = static_cast<float>(call.options.scale);
   const float cap = static_cast<float>(call.options.softcap), inverse = 1.0f / cap;
@@ -165,7 +166,7 @@ __device__ __forceinline__ void make_logits(float (&z)[kLogits], const BackwardA
   for (int j = 0; j < kSpans; ++j)
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      float& logit = z[sum_index(j, half, side)];
+      float& logit = z[sum_index(j, side)];
       logit = fmaf(logit, scale, own.bias);
       if (logit == lowest) logit = static_cast<float>(not_a_number());
       // z * 0 is NaN for an infinity, which tanh would turn into a number.
@@ -201,8 +202,8 @@ struct LogitForm {
 // an integer, and whether the column is any row's target.
 __device__ __forceinline__ uint32 find_probabilities(float (&z)[kLogits],
                                                      const TileFactors& factors,
-                                                     const OwnColumn& own, bool capped, int half,
-                                                     int q, bool& target_of_any) {
+                                                     const OwnColumn& own, bool capped, int q,
+                                                     bool& target_of_any) {
   uint32 largest = 0;
   bool found = false;
 #pragma unroll
@@ -213,7 +214,7 @@ __device__ __forceinline__ uint32 find_probabilities(float (&z)[kLogits],
     found = found || own.column == target.x || own.column == target.y;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      float& held = z[sum_index(j, half, side)];
+      float& held = z[sum_index(j, side)];
       const float p = power_of_two(fmaf(held, kLog2E, -(side == 0 ? lse.x : lse.y)));
       largest = max(largest, __float_as_uint(p));
       if (!capped) held = p;
@@ -225,7 +226,7 @@ __device__ __forceinline__ uint32 find_probabilities(float (&z)[kLogits],
     for (int j = 0; j < kSpans; ++j)
 #pragma unroll
       for (int side = 0; side < 2; ++side)
-        if (!capped) z[sum_index(j, half, side)] = 0.0f;
+        if (!capped) z[sum_index(j, side)] = 0.0f;
   }
   target_of_any = found;
   return largest;
@@ -243,79 +244,70 @@ __device__ __forceinline__ void store_record(uint4* record, const OwnColumn& own
   }
 }
 
-// From products to records of dz: of 64 columns in a group's registers.
-__device__ __forceinline__ void finish_logits(float (&z)[kLogits], const Shared& shared,
+// From products to records of dz: of 32 columns in a group's registers, the first halves of its sums.
+// Return how many of the warp's eight have passed.
+__device__ __forceinline__ uint32 finish_logits(float (&z)[kLogits], const Shared& shared,
                                               const TileFactors& factors,
                                               const BackwardArguments& call, int64 tile,
-                                              int64 first_pair, const HeldColumn& low,
-                                              const HeldColumn& high, const LogitForm& form,
-                                              int lane, int warp) {
+                                              int64 own_pair, const HeldColumn& held_column,
+                                              const LogitForm& form, int lane) {
   const int q = lane % 4;
   const bool filtered = call.filter.eps > 0.0;
-  uint32 passed = 0;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const HeldColumn& held_column = half == 0 ? low : high;
-    const OwnColumn own(call, held_column.entry);
-    const int64 own_pair = first_pair + warp * 16 + lane / 4 + 8 * half;
-    if (!form.plain) make_logits(z, call, own, half);
-    bool target_of_any;
-    uint32 largest =
-        find_probabilities(z, factors, own, form.capped, half, q, target_of_any);
-    float weight = own.column < 0 ? 0.0f : 1.0f;
-    if (filtered) {
-      // A target counts as 1.
-      largest = quad_largest(target_of_any ? max(largest, __float_as_uint(1.0f)) : largest);
-      if (own.column >= 0)
-        weight = column_weight(call.filter, shared.seed, tile, own.column, __uint_as_float(largest));
-    }
-    const bool passes = weight != 0.0f;
-    passed += __popc(__ballot_sync(~0u, q == 0 && passes));
-    if (q == 0 && held_column.slot >= 0)
-      call.slot[held_column.slot] = passes ? static_cast<int>(own_pair) : -1;
-    const float smoothing =
-        call.smoothing == nullptr || own.column < 0 ? 0.0f : call.smoothing[own.column];
-    const float scaled = weight * form.scale;
-    float sum = 0.0f;
-    uint4* record = reinterpret_cast<uint4*>(call.dz + own_pair * kRowTile) + q;
-    if (form.capped || call.smoothing != nullptr || __any_sync(~0u, target_of_any)) {
-      store_record(record, own, q, [&](int j) {
-        const int row = 8 * j + 2 * q;
-        auto dz = [&](int side) {
-          const float held = z[sum_index(j, half, side)];
-          float p = held;
-          if (form.capped)
-            p = own.removed ? 0.0f : power_of_two(fmaf(held, kLog2E, -factors.lse[row + side]));
-          float x = p * scaled * factors.softmax[row + side];
-          if (own.column == factors.target[row + side]) x -= factors.onehot[row + side] * form.scale;
-          if (call.smoothing != nullptr)
-            x -= factors.smoothing[row + side] * smoothing * form.scale;
-          if (form.capped) {
-            const float t = held * form.inverse_cap;
-            x = own.removed ? 0.0f : x * (1.0f - t * t);
-          }
-          return x;
-        };
-        const float first = dz(0), second = dz(1);
-        sum += first + second;
-        return narrow_pair(first, second);
-      });
-    } else {
-      store_record(record, own, q, [&](int j) {
-        const float2 softmax = *reinterpret_cast<const float2*>(&factors.softmax[8 * j + 2 * q]);
-        const float first = z[sum_index(j, half, 0)] * scaled * softmax.x;
-        const float second = z[sum_index(j, half, 1)] * scaled * softmax.y;
-        sum += first + second;
-        return narrow_pair(first, second);
-      });
-    }
-    if (call.dz_sum != nullptr) {
-      sum = quad_sum(sum);
-      if (q == 0 && own.column >= 0) call.dz_sum[own_pair] = sum;
-    }
+  const OwnColumn own(call, held_column.entry);
+  if (!form.plain) make_logits(z, call, own);
+  bool target_of_any;
+  uint32 largest = find_probabilities(z, factors, own, form.capped, q, target_of_any);
+  float weight = own.column < 0 ? 0.0f : 1.0f;
+  if (filtered) {
+    // A target counts as 1.
+    largest = quad_largest(target_of_any ? max(largest, __float_as_uint(1.0f)) : largest);
+    if (own.column >= 0)
+      weight = column_weight(call.filter, shared.seed, tile, own.column, __uint_as_float(largest));
   }
-  if (call.passed != nullptr && lane == 0)
-    atomicAdd(call.passed, static_cast<unsigned long long>(passed));
+  const bool passes = weight != 0.0f;
+  if (q == 0 && held_column.slot >= 0)
+    call.slot[held_column.slot] = passes ? static_cast<int>(own_pair) : -1;
+  const float smoothing =
+      call.smoothing == nullptr || own.column < 0 ? 0.0f : call.smoothing[own.column];
+  const float scaled = weight * form.scale;
+  float sum = 0.0f;
+  uint4* record = reinterpret_cast<uint4*>(call.dz + own_pair * kRowTile) + q;
+  if (form.capped || call.smoothing != nullptr || __any_sync(~0u, target_of_any)) {
+    store_record(record, own, q, [&](int j) {
+      const int row = 8 * j + 2 * q;
+      auto dz = [&](int side) {
+        const float held = z[sum_index(j, side)];
+        float p = held;
+        if (form.capped)
+          p = own.removed ? 0.0f : power_of_two(fmaf(held, kLog2E, -factors.lse[row + side]));
+        float x = p * scaled * factors.softmax[row + side];
+        if (own.column == factors.target[row + side]) x -= factors.onehot[row + side] * form.scale;
+        if (call.smoothing != nullptr)
+          x -= factors.smoothing[row + side] * smoothing * form.scale;
+        if (form.capped) {
+          const float t = held * form.inverse_cap;
+          x = own.removed ? 0.0f : x * (1.0f - t * t);
+        }
+        return x;
+      };
+      const float first = dz(0), second = dz(1);
+      sum += first + second;
+      return narrow_pair(first, second);
+    });
+  } else {
+    store_record(record, own, q, [&](int j) {
+      const float2 softmax = *reinterpret_cast<const float2*>(&factors.softmax[8 * j + 2 * q]);
+      const float first = z[sum_index(j, 0)] * scaled * softmax.x;
+      const float second = z[sum_index(j, 1)] * scaled * softmax.y;
+      sum += first + second;
+      return narrow_pair(first, second);
+    });
+  }
+  if (call.dz_sum != nullptr) {
+    sum = quad_sum(sum);
+    if (q == 0 && own.column >= 0) call.dz_sum[own_pair] = sum;
+  }
+  return __popc(__ballot_sync(~0u, q == 0 && passes));
 }
 
 __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArguments& call,
@@ -365,13 +357,30 @@ __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArgum
     } else {
       named_sync<kOfGroup + 1, kGroupThreads>();
     }
-    // Not a loop: the compiler leaves long ones as they are, with the sums in memory.
-    static_assert(kBlocksM == 2, "each block is finished here");
     const int64 tile = call.first_tile + item.tile;
-    finish_logits(z[0], shared, factors, call, tile, first, held[0], held[1], form, thread % 32,
-                  thread / 32);
-    finish_logits(z[1], shared, factors, call, tile, first + 64, held[2], held[3], form, thread % 32,
-                  thread / 32);
+    static_assert(kBlocksM == 2, "the second follows the first");
+    HeldColumn own = held[0];
+    uint32 passed = 0;
+#pragma unroll 1
+    for (int part = 0; part < 2 * kBlocksM; ++part) {
+      const int pair = first + thread / 32 * 16 + thread % 32 / 4 + 64 * (part / 2) + 8 * (part % 2);
+      passed += finish_logits(z[0], shared, factors, call, tile, pair, own, form, thread % 32);
+      // What comes next takes the place of what is done: code that runs four times instead of four times
+      // the code, which would not stay where instructions are fetched from.
+      if (part % 2 == 0) {
+#pragma unroll
+        for (int j = 0; j < kSpans; ++j)
+#pragma unroll
+          for (int side = 0; side < 2; ++side)
+            z[0][sum_index(j, side)] = z[0][sum_index(j, side) + kOtherHalf];
+      } else {
+#pragma unroll
+        for (int i = 0; i < kLogits; ++i) z[0][i] = z[1][i];
+      }
+      own = part == 0 ? held[1] : part == 1 ? held[2] : held[3];
+    }
+    if (call.passed != nullptr && thread % 32 == 0)
+      atomicAdd(call.passed, static_cast<unsigned long long>(passed));
   }
   queue.finish(limit);
 }
