@@ -21,6 +21,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(shared_address(&shared.ring.full[i]), 1 + kGroupThreads);
       mbarrier_init(shared_address(&shared.ring.empty[i]), kReleases);
     }
+    for (int i = 0; i < kFactSlots; ++i) {
+      mbarrier_init(shared_address(&shared.facts_ring.full[i]), kGroupThreads);
+      mbarrier_init(shared_address(&shared.facts_ring.empty[i]), kReleases);
+    }
     for (int i = 0; i < kItemSlots; ++i) mbarrier_init(shared_address(&shared.item_ready[i]), 1);
     fence_barrier_init();
     fence_async_proxy();
@@ -38,6 +42,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   GridBarrier<kEverybody, kThreads, true> barrier{call.arrived};
   Queue queue{call.queue};
   RingPlace<kStages> place;
+  RingPlace<kFactSlots> facts;
   const int unkept = row_tiles == 0 ? 0 : call.order.first_block(chunks);
   fill_background(call, unkept, thread, threads);
   find_sources(shared, call, count, row_tiles);
@@ -57,7 +62,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (int k = 0; k < chunks; ++k) {
       const Chunk chunk(call.order, k);
       prepare(chunk);
-      copy_logits(shared, e_map, call, chunk, row_tiles, count, zeros, queue, place);
+      copy_logits(shared, e_map, call, chunk, row_tiles, count, zeros, queue, place,
+                  facts);
       barrier.wait();
       copy_gradients(shared, e_map, call, chunk, row_tiles, count, k == chunks - 1, queue, place);
       barrier.wait();
@@ -69,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (int k = 0; k < chunks; ++k) {
       const Chunk chunk(call.order, k);
       prepare(chunk);
-      form_dlogits(shared, call, chunk, row_tiles, count, queue, place);
+      form_dlogits(shared, call, queue, place, facts);
       barrier.wait();
       if (call.dbias != nullptr) form_bias(shared, call, chunk, row_tiles);
       form_gradients(shared, call, chunk, row_tiles, count, k == 0, k == chunks - 1, queue, place);

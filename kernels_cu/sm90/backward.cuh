@@ -20,6 +20,7 @@ constexpr int kWordElements = kWordBytes / sizeof(Storage);
 constexpr int kWordsOfRow = kTileK / kWordElements;
 constexpr int kRowStep = kGroupThreads / kWordsOfRow;  // rows that the threads copy a word of at once
 constexpr int kItemSlots = 8;
+constexpr int kFactSlots = 2;
 constexpr int kCopyRegisters = 104;  // with those of the others what the launch has, no more
 constexpr int kSumRegisters = 200;
 constexpr int kZeroBytes = 4096;
@@ -27,8 +28,7 @@ constexpr int kRemoved = 1 << 31;  // in a list: the row of c counts as zeros
 constexpr int kNobody = -1;        // for what a list holds: past its end
 
 constexpr int kEverybody = 1;  // named barriers; 0 is __syncthreads
-constexpr int kOfGroup = 2;    // and one more
-constexpr int kCopiers = 4;
+constexpr int kCopiers = 2;
 
 static_assert(kRowStep % 8 == 0, "a thread's rows have one swizzle");
 
@@ -58,12 +58,25 @@ struct TileFactors {
   int target[kRowTile];
 };
 
+// A listed column of an item of dz.
+struct HeldColumn {
+  int entry;  // of the list
+  int slot;   // where to say whether it passed; -1 for nowhere
+};
+// What is needed once an item's products are done. Those who copy look it up, since they have time to wait.
+struct LogitFacts {
+  TileFactors factors;
+  HeldColumn column[kPairs];
+  int first;  // of its pairs
+};
+
 struct Shared {
   Stage stage[kStages];
   RingBarriers<kStages> ring;
+  RingBarriers<kFactSlots> facts_ring;
   uint64 item_ready[kItemSlots];
   int item[kItemSlots];
-  TileFactors factors[kConsumers];
+  LogitFacts facts[kFactSlots];
   int start[kMostRowTiles];   // of each row tile: where its pairs start, as if it kept none before
   int pairs[kMostRowTiles];
   int natural[kMostRowTiles];  // columns that each keeps before the chunk, in the vocabulary's order
@@ -76,7 +89,7 @@ struct Shared {
 };
 
 // What the host must give a launch; a stage may have to move up to where its alignment is.
-static_assert(sizeof(Shared) + alignof(Stage) == 224256, "_BACKWARD_SHARED_BYTES of compiler.py");
+static_assert(sizeof(Shared) + alignof(Stage) == 228352, "_BACKWARD_SHARED_BYTES of compiler.py");
 
 struct BackwardArguments {
   Matrix e;

@@ -23,10 +23,46 @@ struct LogitItem {
       : tile(item % kMostRowTiles), number(item / kMostRowTiles) {}
 };
 
+// Look up what the rows of an item's tile bring, of which those past the last bring nothing, and its
+// columns. Those who copy.
+__device__ __forceinline__ void share_facts(Shared& shared, const BackwardArguments& call,
+                                            const SweepTile& rows, int tile, int start, int first_pair,
+                                            RingPlace<kFactSlots>& facts) {
+  const int thread = threadIdx.x;
+  wait_for(shared.facts_ring.empty[facts.stage], facts.parity ^ 1);
+  LogitFacts& to = shared.facts[facts.stage];
+  HeldColumn column[kPairs / kGroupThreads];
+#pragma unroll
+  for (int i = 0; i < kPairs / kGroupThreads; ++i) {
+    const int at = first_pair + thread + i * kGroupThreads;
+    column[i].entry = at < shared.pairs[tile] ? call.list[start + at] : kNobody;
+  }
+  const bool there = thread < rows.number;
+  const int64 row = rows.top + thread;
+  if (thread == 0) to.first = start + first_pair;
+  TileFactors& factors = to.factors;
+  factors.lse[thread] = there ? call.row_lse[row] * kLog2E : static_cast<float>(infinity());
+  factors.softmax[thread] = there ? call.factors.softmax[row] : 0.0f;
+  factors.onehot[thread] = there ? call.factors.onehot[row] : 0.0f;
+  factors.smoothing[thread] = there ? call.factors.smoothing[row] : 0.0f;
+  factors.target[thread] = there ? static_cast<int>(call.map.target[row]) : -1;
+#pragma unroll
+  for (int i = 0; i < kPairs / kGroupThreads; ++i) {
+    const int own = column[i].entry & ~kRemoved;
+    column[i].slot = call.order.whole() || column[i].entry == kNobody
+                         ? -1
+                         : start + call.order.natural_rank(tile, own) - shared.natural[tile];
+    to.column[thread + i * kGroupThreads] = column[i];
+  }
+  mbarrier_arrive(shared_address(&shared.facts_ring.full[facts.stage]), 1);
+  facts.next();
+}
+
 __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_map,
                                             const BackwardArguments& call, const Chunk& chunk,
                                             int row_tiles, int64 count, ZeroRows& zeros,
-                                            Queue& queue, RingPlace<kStages>& place) {
+                                            Queue& queue, RingPlace<kStages>& place,
+                                            RingPlace<kFactSlots>& facts) {
   constexpr int kColumnsOfThread = kPairs / kRowStep, kRowsOfThread = kRowTile / kRowStep;
   const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
   const int steps = (dim + kTileK - 1) / kTileK;
@@ -40,8 +76,9 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
     zeros.store(shared, call, shared.rows_of_item);
     const LogitItem item(at);
     const SweepTile rows(shared, call, count, item.tile);
-    const int* list = call.list + list_start(shared, call, chunk, item.tile) + item.number * kPairs;
-    const int last = shared.pairs[item.tile] - item.number * kPairs - 1;
+    const int start = list_start(shared, call, chunk, item.tile), first_pair = item.number * kPairs;
+    const int* list = call.list + start + first_pair;
+    const int last = shared.pairs[item.tile] - first_pair - 1;
     // Words of this thread, one of eight in each row; numbers of 32 bits, as many as registers hold. Of
     // removed entries, and past the end of the list, products do not matter.
     uint32 word_of_column[kColumnsOfThread], word_of_row[kRowsOfThread] = {};
@@ -90,6 +127,9 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
         copy(shared_address(stage.e) + in_tile, call.e.data + step * kTileK, word_of_row, bytes,
              true);
       arrive_after_words(full);
+      // Once the stages are filled, or else the products would wait for it.
+      if (step == min(steps, kStages) - 1)
+        share_facts(shared, call, rows, item.tile, start, first_pair, facts);
     }
   }
   kept.finish();
@@ -112,32 +152,7 @@ __device__ __forceinline__ void start_logits(float (&z)[kBlocksM][kLogits], cons
   product_commit();
 }
 
-// What the rows of a tile bring; those past the last bring nothing.
-__device__ __forceinline__ void read_factors(TileFactors& factors, const BackwardArguments& call,
-                                             const SweepTile& rows) {
-  const int thread = threadIdx.x % kGroupThreads;
-  const bool there = thread < rows.number;
-  const int64 row = rows.top + thread;
-  factors.lse[thread] = there ? call.row_lse[row] * kLog2E : static_cast<float>(infinity());
-  factors.softmax[thread] = there ? call.factors.softmax[row] : 0.0f;
-  factors.onehot[thread] = there ? call.factors.onehot[row] : 0.0f;
-  factors.smoothing[thread] = there ? call.factors.smoothing[row] : 0.0f;
-  factors.target[thread] = there ? static_cast<int>(call.map.target[row]) : -1;
-}
-
-// A column that a thread holds, in half of the rows of its spans: what is looked up while products are
-// under way.
-struct HeldColumn {
-  int entry;  // of the list
-  int slot;   // where to say whether it passed; -1 for nowhere
-
-  __device__ __forceinline__ HeldColumn(const Shared& shared, const BackwardArguments& call, int tile,
-                                        int start, int pair)
-      : entry(pair - start < shared.pairs[tile] ? call.list[pair] : kNobody), slot(-1) {
-    if (call.order.whole() || entry == kNobody) return;
-    slot = start + call.order.natural_rank(tile, entry & ~kRemoved) - shared.natural[tile];
-  }
-};
+// What a listed column means to those who form its dz.
 struct OwnColumn {
   int column;    // -1: none
   bool removed;
@@ -311,31 +326,15 @@ __device__ __forceinline__ uint32 finish_logits(float (&z)[kLogits], const Share
 }
 
 __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArguments& call,
-                                             const Chunk& chunk, int row_tiles, int64 count,
-                                             Queue& queue, RingPlace<kStages>& place) {
+                                             Queue& queue, RingPlace<kStages>& place,
+                                             RingPlace<kFactSlots>& facts) {
   const int consumer = threadIdx.x / kGroupThreads - 1, thread = threadIdx.x % kGroupThreads;
   const int steps = (static_cast<int>(call.dim) + kTileK - 1) / kTileK;
   const int limit = shared.items;
   const LogitForm form(call);
-  TileFactors& factors = shared.factors[consumer];
   // Defined here: else it would be held from the chunk before.
   float z[kBlocksM][kLogits] = {};
-  for (int at; (at = queue.receive(shared)) != Queue::kNoItem;) {
-    const LogitItem item(at);
-    // All of the group are done with those of the item before.
-    if (consumer == 0) {
-      named_sync<kOfGroup, kGroupThreads>();
-    } else {
-      named_sync<kOfGroup + 1, kGroupThreads>();
-    }
-    read_factors(factors, call, SweepTile(shared, call, count, item.tile));
-    const int start = list_start(shared, call, chunk, item.tile);
-    const int first = start + item.number * kPairs + consumer * kBlocksM * 64;
-    auto column = [&](int at) {
-      return HeldColumn(shared, call, item.tile, start,
-                        first + thread / 32 * 16 + thread % 32 / 4 + at);
-    };
-    const HeldColumn held[2 * kBlocksM] = {column(0), column(8), column(64), column(72)};
+  for (int at; (at = queue.receive(shared)) != Queue::kNoItem; facts.next()) {
     int done = 0;
     for (int step = 0; step < steps; ++step) {
       wait_for(shared.ring.full[place.stage], place.parity);
@@ -352,19 +351,18 @@ __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArgum
     }
     product_wait<0>();
     release(shared.ring.empty[done]);
-    if (consumer == 0) {
-      named_sync<kOfGroup, kGroupThreads>();
-    } else {
-      named_sync<kOfGroup + 1, kGroupThreads>();
-    }
+    const LogitItem item(at);
     const int64 tile = call.first_tile + item.tile;
+    const int in_item = consumer * kBlocksM * 64 + thread / 32 * 16 + thread % 32 / 4;
+    wait_for(shared.facts_ring.full[facts.stage], facts.parity);
+    const LogitFacts& known = shared.facts[facts.stage];
     static_assert(kBlocksM == 2, "the second follows the first");
-    HeldColumn own = held[0];
     uint32 passed = 0;
 #pragma unroll 1
     for (int part = 0; part < 2 * kBlocksM; ++part) {
-      const int pair = first + thread / 32 * 16 + thread % 32 / 4 + 64 * (part / 2) + 8 * (part % 2);
-      passed += finish_logits(z[0], shared, factors, call, tile, pair, own, form, thread % 32);
+      const int own = in_item + 64 * (part / 2) + 8 * (part % 2);
+      passed += finish_logits(z[0], shared, known.factors, call, tile, known.first + own, known.column[own],
+                              form, thread % 32);
       // What comes next takes the place of what is done: code that runs four times instead of four times
       // the code, which would not stay where instructions are fetched from.
       if (part % 2 == 0) {
@@ -377,8 +375,9 @@ __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArgum
 #pragma unroll
         for (int i = 0; i < kLogits; ++i) z[0][i] = z[1][i];
       }
-      own = part == 0 ? held[1] : part == 1 ? held[2] : held[3];
     }
+    __syncwarp();
+    release(shared.facts_ring.empty[facts.stage]);
     if (call.passed != nullptr && thread % 32 == 0)
       atomicAdd(call.passed, static_cast<unsigned long long>(passed));
   }
