@@ -25,4 +25,12 @@ struct KeptAddresses {
   __device__ __forceinline__ void finish() const { trap_if_one(mixed); }
 };
 
+// What the compiler may not take apart: else it holds what an address is made of, and makes it anew for
+// each copy.
+template <typename Pointer>
+__device__ __forceinline__ Pointer as_address(Pointer pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
 }  // namespace cce

@@ -70,16 +70,21 @@ struct ColumnOrder {
     if (whole()) return static_cast<int>(min(static_cast<int64>(at) * kOrderBlock, kept.vocab));
     return before[static_cast<int64>(tile) * (blocks + 1) + at];
   }
+  // Those of 32 columns that are in the vocabulary, where every column is kept.
+  __device__ __forceinline__ uint32 whole_word(int at, int number) const {
+    const int64 rest = kept.vocab - static_cast<int64>(at) * kOrderBlock - number * kColumnChunk;
+    return rest >= kColumnChunk ? ~0u : rest <= 0 ? 0u : (1u << rest) - 1u;
+  }
   // The kept bits of 32 columns of a block.
   __device__ __forceinline__ uint32 kept_word(int tile, int at, int number) const {
-    if (whole()) return kept.word(tile, static_cast<int64>(at) * kWordsOfBlock + number);
+    if (whole()) return whole_word(at, number);
     return word[(static_cast<int64>(tile) * blocks + at) * kWordsOfBlock + number];
   }
   // Those of all of it.
   __device__ __forceinline__ void read_words(uint32 (&to)[kWordsOfBlock], int tile, int at) const {
     if (whole()) {
 #pragma unroll
-      for (int i = 0; i < kWordsOfBlock; ++i) to[i] = kept_word(tile, at, i);
+      for (int i = 0; i < kWordsOfBlock; ++i) to[i] = whole_word(at, i);
       return;
     }
     const uint4 words =

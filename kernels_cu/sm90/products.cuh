@@ -170,6 +170,7 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArg
   }
 }
 
+template <bool kWhole>
 __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap& e_map,
                                                 const BackwardArguments& call, const Chunk& chunk,
                                                 const GradientItem& item, int row_tiles, int64 count,
@@ -187,26 +188,38 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
   uint32 words[kWordsOfBlock];
   // Behind the last one the first is looked up, for nothing: a value that a branch may leave as it was has
   // to be waited for.
+  const uint4* words_of_block = as_address(reinterpret_cast<const uint4*>(call.order.word) + block);
+  const int* before_block = as_address(call.order.before + block);
   auto look = [&] {
-    call.order.read_words(words, max(tile, 0), block);
-    before = call.order.kept_before(max(tile, 0), block);
+    if constexpr (kWhole) {
+      call.order.read_words(words, 0, block);
+      before = call.order.kept_before(0, block);
+    } else {
+      const uint32 at = max(tile, 0), blocks = call.order.blocks;
+      const uint4 read = __ldg(words_of_block + static_cast<uint64>(at) * blocks);
+      words[0] = read.x, words[1] = read.y, words[2] = read.z, words[3] = read.w;
+      before = __ldg(before_block + static_cast<uint64>(at) * (blocks + 1));
+    }
   };
   look();
+  // Threads with the same columns, one for each word of a record, look up one of them each.
+  static_assert(kColumnsOfThread == kWordsOfRow);
+  const int own_word = word / kRowsOfWord, own_bit = first + word % kRowsOfWord * kRowStep;
+  const uint32 own_lanes = threadIdx.x % 32 / kWordsOfRow * kWordsOfRow;
+  const Storage* records = as_address(call.dz + word * kWordElements);
   while (tile >= 0) {
     int rank = shared.start[tile] + before;
+    uint32 kept_words = words[0];
+#pragma unroll
+    for (int k = 1; k < kWordsOfBlock; ++k)
+      if (own_word >= k) rank += __popc(words[k - 1]), kept_words = words[k];
+    const bool kept_own = kept_words >> own_bit & 1;
+    const int own = kept_own ? rank + __popc(kept_words & ((1u << own_bit) - 1u)) : 0;
     const Storage* record[kColumnsOfThread];
-    uint32 bytes[kColumnsOfThread];
 #pragma unroll
-    for (int k = 0; k < kWordsOfBlock; ++k) {
-#pragma unroll
-      for (int i = 0; i < kRowsOfWord; ++i) {
-        const int bit = first + i * kRowStep, at = k * kRowsOfWord + i;
-        const uint32 kept_here = words[k] >> bit & 1;
-        const int pair = kept_here ? rank + __popc(words[k] & ((1u << bit) - 1u)) : 0;
-        record[at] = call.dz + static_cast<int64>(pair) * kRowTile + word * kWordElements;
-        bytes[at] = kept_here * kWordBytes;
-      }
-      rank += __popc(words[k]);
+    for (int i = 0; i < kColumnsOfThread; ++i) {
+      const uint32 pair = __shfl_sync(~0u, own, i, kWordsOfRow);
+      record[i] = as_address(records + static_cast<uint64>(pair) * kRowTile);
     }
     const SweepTile rows(shared, call, count, tile);
     uint32 word_of_row[2 * kRowsOfThread] = {};
@@ -230,10 +243,12 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
                  rows.source + half * kTileK, full, kEvictLast);
       }
       const uint32 dz = shared_address(stage.dz) + in_tile;
+      // Asked for twice: eight conditions would not be held from one half to the other.
+      const uint32 kept_here = __ballot_sync(~0u, kept_own) >> own_lanes;
 #pragma unroll
       for (int i = 0; i < kColumnsOfThread; ++i)
-        copy_word(dz + i * kRowStep * kTileK * sizeof(Storage), record[i] + half * kTileK,
-                  bytes[i]);
+        copy_word_if(dz + i * kRowStep * kTileK * sizeof(Storage), record[i] + half * kTileK,
+                     kept_here & (1u << i));
       if (!rows.follow) {
         const Storage* row[kRowsOfThread];
 #pragma unroll
@@ -265,8 +280,10 @@ __device__ __forceinline__ void copy_gradients(Shared& shared, const TensorMap& 
     const GradientItem item(call, row_tiles, parts, at);
     if (item.embedding) {
       copy_embedding(shared, call, chunk, item, place, kept);
+    } else if (call.order.whole()) {
+      copy_classifier<true>(shared, e_map, call, chunk, item, row_tiles, count, place, kept);
     } else {
-      copy_classifier(shared, e_map, call, chunk, item, row_tiles, count, place, kept);
+      copy_classifier<false>(shared, e_map, call, chunk, item, row_tiles, count, place, kept);
     }
   }
   kept.finish();

@@ -153,6 +153,18 @@ __device__ __forceinline__ void copy_word(uint32 to, const void* from, uint32 by
                : "memory");
 }
 
+// The same for a condition: zeros where `there` is 0.
+__device__ __forceinline__ void copy_word_if(uint32 to, const void* from, uint32 there) {
+  asm volatile(
+      "{\n"
+      ".reg .pred absent;\n"
+      "setp.eq.u32 absent, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, absent;\n"
+      "}" ::"r"(to),
+      "l"(from), "r"(there)
+      : "memory");
+}
+
 // The same without a condition.
 __device__ __forceinline__ void copy_whole_word(uint32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
