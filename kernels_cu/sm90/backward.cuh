@@ -59,12 +59,12 @@ struct TileFactors {
 };
 
 // A listed column of an item of dz.
-struct HeldColumn {
+struct alignas(8) HeldColumn {
   int entry;  // of the list
   int slot;   // where to say whether it passed; -1 for nowhere
 };
 // What is needed once an item's products are done. Those who copy look it up, since they have time to wait.
-struct LogitFacts {
+struct alignas(kWordBytes) LogitFacts {
   TileFactors factors;
   HeldColumn column[kPairs];
   int first;  // of its pairs
