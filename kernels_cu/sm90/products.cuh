@@ -18,7 +18,8 @@ __device__ __forceinline__ int count_embeddings(const BackwardArguments& call, i
   return call.de == nullptr ? 0 : row_tiles * count_parts(call);
 }
 
-// The work of a phase: all of dE, one part of D for all row tiles at a time, then all of dC.
+// The work of a phase: all of dE, then all of dC. Parts of D that read the same records of dz follow one
+// another, so that these come from memory once.
 struct GradientItem {
   bool embedding;
   int part;   // of D
@@ -28,13 +29,9 @@ struct GradientItem {
                                           int at) {
     const int embeddings = count_embeddings(call, row_tiles);
     embedding = at < embeddings;
-    if (embedding) {
-      part = at / row_tiles;
-      place = at - part * row_tiles;
-    } else {
-      place = (at - embeddings) / parts;
-      part = at - embeddings - place * parts;
-    }
+    const int number = embedding ? at : at - embeddings;
+    place = number / parts;
+    part = number - place * parts;
   }
 };
 
