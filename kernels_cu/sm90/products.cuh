@@ -101,64 +101,79 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArg
                           : passed_start(shared, call, chunk, item.place);
   // A stage of zeros at least, so that whoever multiplies need not ask whether there is one.
   const int steps = max((pairs + kTileK - 1) / kTileK, 1);
-  // Pairs are looked up three steps ahead, their columns two: whoever waited for them would be what the
-  // products wait for.
+  // Threads with the same rows of a stage, one for each word, look up one of them each: pairs three steps
+  // ahead, their columns two. Whoever waited for them would be what the products wait for.
   constexpr int kAhead = 2;
-  int pair[kAhead + 1][kRowsOfThread], column[kAhead][kRowsOfThread];
-  auto look_up_pairs = [&](int step) {
-#pragma unroll
-    for (int i = 0; i < kRowsOfThread; ++i) {
-      const int at = step * kTileK + first + i * kRowStep;
-      pair[kAhead][i] = at >= pairs ? -1 : whole ? start + at : call.passing[start + at];
-    }
+  const int own_row = first + word % kRowsOfThread * kRowStep;
+  const uint32 own_lanes = thread % 32 / kWordsOfRow * kWordsOfRow;
+  int pair[kAhead + 1] = {-1, -1, -1}, column[kAhead] = {kNobody, kNobody};
+  auto look_up_pair = [&](int step) {
+    const int at = step * kTileK + own_row;
+    pair[kAhead] = at >= pairs ? -1 : whole ? start + at : call.passing[start + at];
   };
   auto advance = [&](int step) {
-#pragma unroll
-    for (int i = 0; i < kRowsOfThread; ++i) {
-      pair[0][i] = pair[1][i];
-      pair[1][i] = pair[2][i];
-      column[0][i] = column[1][i];
-      column[1][i] = pair[1][i] < 0 ? kNobody : call.list[pair[1][i]];
-    }
-    look_up_pairs(step);
+    pair[0] = pair[1];
+    pair[1] = pair[2];
+    column[0] = column[1];
+    column[1] = pair[1] < 0 ? kNobody : call.list[pair[1]];
+    look_up_pair(step);
   };
-  look_up_pairs(0);
+  look_up_pair(0);
   advance(1);
   advance(2);
+  const Storage* records = as_address(call.dz + word * kWordElements);
+  const Storage* columns = as_address(call.c.data + d);
+  const uint32 words_of_row = call.c.stride / kWordElements;
+  const bool whole_part = item.part * kWidth + kWidth <= dim;
   for (int step = 0; step < steps; ++step, place.next()) {
     EmbeddingStage& stage = shared.stage[place.stage].embedding;
     wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
     const uint32 full = shared_address(&shared.ring.full[place.stage]);
     if (thread == 0) mbarrier_arrive(full, 1);
     const Storage* from[2 * kRowsOfThread];
+    // Numbers of words have 32 bits, as those of dz.
+    const uint32 own_word = static_cast<uint32>(max(column[0], 0)) * words_of_row;
+    const uint32 own_pair = max(pair[0], 0);
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      from[i] = call.dz + static_cast<int64>(max(pair[0][i], 0)) * kRowTile + word * kWordElements;
-      from[kRowsOfThread + i] = call.c.row(max(column[0][i], 0)) + d;
+      const uint32 pair_of_row = __shfl_sync(~0u, own_pair, i, kWordsOfRow);
+      const uint32 word_of_row = __shfl_sync(~0u, own_word, i, kWordsOfRow);
+      from[i] = records + static_cast<uint64>(pair_of_row) * kRowTile;
+      from[kRowsOfThread + i] = columns + static_cast<uint64>(word_of_row) * kWordElements;
     }
+    const uint32 there = __ballot_sync(~0u, column[0] >= 0);
     // Most steps are whole: each copy spared a condition is an instruction less, and those who copy are what
-    // this phase waits for.
-    bool all = item.part * kWidth + kWidth <= dim;
-#pragma unroll
-    for (int i = 0; i < kRowsOfThread; ++i) all = all && column[0][i] >= 0;
-    if (all) {
+    // this phase waits for. What stands past the end of D matters to nobody.
+    if (there == ~0u) {
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {
         const uint32 to = in_tile + i * kRowStep * kTileK * sizeof(Storage);
 #pragma unroll
         for (int half = 0; half < kRowTile / kTileK; ++half)
           copy_whole_word(shared_address(stage.dz[half]) + to, from[i] + half * kTileK);
-        copy_whole_row(stage.c, from[kRowsOfThread + i], to);
+        if (whole_part) copy_whole_row(stage.c, from[kRowsOfThread + i], to);
+      }
+      if (!whole_part) {
+#pragma unroll
+        for (int part = 0; part < kSpread; ++part) {
+          if (item.part * kWidth + part * kTileK >= dim) break;
+#pragma unroll
+          for (int i = 0; i < kRowsOfThread; ++i)
+            copy_word_if(shared_address(stage.c[part]) + in_tile +
+                             i * kRowStep * kTileK * sizeof(Storage),
+                         from[kRowsOfThread + i] + part * kTileK, d + part * kTileK < dim);
+        }
       }
     } else {
+      const uint32 records_there = __ballot_sync(~0u, pair[0] >= 0) >> own_lanes;
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {
         const uint32 to = in_tile + i * kRowStep * kTileK * sizeof(Storage);
 #pragma unroll
         for (int half = 0; half < kRowTile / kTileK; ++half)
-          copy_word(shared_address(stage.dz[half]) + to, from[i] + half * kTileK,
-                    pair[0][i] < 0 ? 0 : kWordBytes);
-        copy_row(stage.c, from[kRowsOfThread + i], column[0][i] >= 0, d, dim, to);
+          copy_word_if(shared_address(stage.dz[half]) + to, from[i] + half * kTileK,
+                       records_there & (1u << i));
+        copy_row(stage.c, from[kRowsOfThread + i], there >> own_lanes >> i & 1, d, dim, to);
       }
     }
     kept.keep(from);
