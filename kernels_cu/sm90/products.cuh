@@ -193,6 +193,8 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
   const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
   const uint32 in_tile = word_place(first, word);
   const int d = item.part * kWidth + word * kWordElements;
+  // What stands past the end of D matters to nobody.
+  const int boxes = min((dim - item.part * kWidth + kTileK - 1) / kTileK, kSpread);
   const int block = call.order.block_at(chunk.first + item.place);
   KeepingTiles tiles(call.order, block, row_tiles);
   // What the next tile keeps is on its way while this one's words are copied.
@@ -247,9 +249,9 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
       ClassifierStage& stage = shared.stage[place.stage].classifier;
       wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
       const uint32 full = shared_address(&shared.ring.full[place.stage]);
-      if (thread == 0) mbarrier_expect_bytes(full, rows.follow ? sizeof(stage.e) : 0);
+      if (thread == 0) mbarrier_expect_bytes(full, rows.follow ? boxes * sizeof(stage.e[0]) : 0);
       // A box for each warp: one that asked for all would keep the others waiting.
-      if (rows.follow && thread % 32 == 0) {
+      if (rows.follow && thread % 32 == 0 && thread / 32 < boxes) {
         const int part = thread / 32;
         copy_box(shared_address(stage.e[part]), e_map, item.part * kWidth + part * kTileK,
                  rows.source + half * kTileK, full, kEvictLast);
