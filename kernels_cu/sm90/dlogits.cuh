@@ -95,10 +95,11 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
       }
     auto copy = [&](uint32 to, const Storage* of_step, const uint32* words, uint32 bytes,
                     bool some_rows) {
+      const Storage* start_of_step = as_address(of_step);
       const Storage* from[kCopies];
 #pragma unroll
       for (int i = 0; i < kCopies; ++i)
-        from[i] = of_step + static_cast<uint64>(words[i]) * kWordElements;
+        from[i] = start_of_step + static_cast<uint64>(words[i]) * kWordElements;
 #pragma unroll
       for (int i = 0; i < kCopies; ++i)
         copy_word(to + i * kRowStep * kTileK * sizeof(Storage), from[i],
@@ -127,10 +128,9 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
         copy(shared_address(stage.e) + in_tile, call.e.data + step * kTileK, word_of_row, bytes,
              true);
       arrive_after_words(full);
-      // Once the stages are filled, or else the products would wait for it.
-      if (step == min(steps, kStages) - 1)
-        share_facts(shared, call, rows, item.tile, start, first_pair, facts);
     }
+    // The products are some stages behind, and have an end before them.
+    share_facts(shared, call, rows, item.tile, start, first_pair, facts);
   }
   kept.finish();
   queue.finish(limit);

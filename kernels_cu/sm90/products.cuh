@@ -101,39 +101,33 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArg
                           : passed_start(shared, call, chunk, item.place);
   // A stage of zeros at least, so that whoever multiplies need not ask whether there is one.
   const int steps = max((pairs + kTileK - 1) / kTileK, 1);
-  // Threads with the same rows of a stage, one for each word, look up one of them each: pairs three steps
-  // ahead, their columns two. Whoever waited for them would be what the products wait for.
-  constexpr int kAhead = 2;
+  // Threads with the same rows of a stage, one for each word, look up one of them each: whoever waited for
+  // what is looked up would be what the products wait for.
   const int own_row = first + word % kRowsOfThread * kRowStep;
   const uint32 own_lanes = thread % 32 / kWordsOfRow * kWordsOfRow;
-  int pair[kAhead + 1] = {-1, -1, -1}, column[kAhead] = {kNobody, kNobody};
-  auto look_up_pair = [&](int step) {
+  auto pair_at = [&](int step) {
     const int at = step * kTileK + own_row;
-    pair[kAhead] = at >= pairs ? -1 : whole ? start + at : call.passing[start + at];
+    return at >= pairs ? -1 : whole ? start + at : call.passing[start + at];
   };
-  auto advance = [&](int step) {
-    pair[0] = pair[1];
-    pair[1] = pair[2];
-    column[0] = column[1];
-    column[1] = pair[1] < 0 ? kNobody : call.list[pair[1]];
-    look_up_pair(step);
+  auto column_of = [&](int pair) { return pair < 0 ? kNobody : call.list[pair]; };
+  struct Ahead {  // of every second step
+    int pair;
+    int column;
+    int next_pair;
   };
-  look_up_pair(0);
-  advance(1);
-  advance(2);
   const Storage* records = as_address(call.dz + word * kWordElements);
   const Storage* columns = as_address(call.c.data + d);
   const uint32 words_of_row = call.c.stride / kWordElements;
   const bool whole_part = item.part * kWidth + kWidth <= dim;
-  for (int step = 0; step < steps; ++step, place.next()) {
+  auto copy_step = [&](const Ahead& own) {
     EmbeddingStage& stage = shared.stage[place.stage].embedding;
     wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
     const uint32 full = shared_address(&shared.ring.full[place.stage]);
     if (thread == 0) mbarrier_arrive(full, 1);
     const Storage* from[2 * kRowsOfThread];
     // Numbers of words have 32 bits, as those of dz.
-    const uint32 own_word = static_cast<uint32>(max(column[0], 0)) * words_of_row;
-    const uint32 own_pair = max(pair[0], 0);
+    const uint32 own_word = static_cast<uint32>(max(own.column, 0)) * words_of_row;
+    const uint32 own_pair = max(own.pair, 0);
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
       const uint32 pair_of_row = __shfl_sync(~0u, own_pair, i, kWordsOfRow);
@@ -141,7 +135,7 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArg
       from[i] = records + static_cast<uint64>(pair_of_row) * kRowTile;
       from[kRowsOfThread + i] = columns + static_cast<uint64>(word_of_row) * kWordElements;
     }
-    const uint32 there = __ballot_sync(~0u, column[0] >= 0);
+    const uint32 there = __ballot_sync(~0u, own.column >= 0);
     // Most steps are whole: each copy spared a condition is an instruction less, and those who copy are what
     // this phase waits for. What stands past the end of D matters to nobody.
     if (there == ~0u) {
@@ -165,7 +159,7 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArg
         }
       }
     } else {
-      const uint32 records_there = __ballot_sync(~0u, pair[0] >= 0) >> own_lanes;
+      const uint32 records_there = __ballot_sync(~0u, own.pair >= 0) >> own_lanes;
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {
         const uint32 to = in_tile + i * kRowStep * kTileK * sizeof(Storage);
@@ -178,7 +172,23 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArg
     }
     kept.keep(from);
     arrive_after_words(full);
-    advance(step + 3);
+    place.next();
+  };
+  // Two steps in turn: what is loaded can then stay in its register until it is needed. The rounds end a
+  // step behind the last load, since that is where values change registers, and wait.
+  auto look = [&](Ahead& own, int step) {
+    own.pair = own.next_pair;
+    own.column = column_of(own.pair);
+    own.next_pair = pair_at(step + 2);
+  };
+  Ahead even = {-1, kNobody, pair_at(0)}, odd = {-1, kNobody, pair_at(1)};
+  look(even, 0);
+  for (int step = 0; step < steps; step += 2) {
+    look(odd, step + 1);
+    copy_step(even);
+    look(even, step + 2);
+    if (step + 1 >= steps) break;
+    copy_step(odd);
   }
 }
 
