@@ -165,13 +165,15 @@ struct OwnColumn {
 };
 
 constexpr int kSpans = kRowTile / 8;
-// The first half of a thread's sums of a block: of one column. Those of another one eight further on lie
-// kOtherHalf behind.
-constexpr int kOtherHalf = 2;
-__device__ __forceinline__ constexpr int sum_index(int span, int side) { return 4 * span + side; }
+// A half of a thread's sums of a block: those of one column, or of another one eight further on.
+template <int kHalf>
+__device__ __forceinline__ constexpr int sum_index(int span, int side) {
+  return 4 * span + 2 * kHalf + side;
+}
 
 // Logits in place, but for removed entries. The same numbers as the forward's make_logits, whose registers
 // overflow when it shares a function for them.
+template <int kHalf>
 __device__ __forceinline__ void make_logits(float (&z)[kLogits], const BackwardArguments& call,
                                             const OwnColumn& own) {
   const float lowest = -static_cast<float>(infinity());
@@ -181,7 +183,7 @@ __device__ __forceinline__ void make_logits(float (&z)[kLogits], const BackwardA
   for (int j = 0; j < kSpans; ++j)
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      float& logit = z[sum_index(j, side)];
+      float& logit = z[sum_index<kHalf>(j, side)];
       logit = fmaf(logit, scale, own.bias);
       if (logit == lowest) logit = static_cast<float>(not_a_number());
       // z * 0 is NaN for an infinity, which tanh would turn into a number.
@@ -213,8 +215,9 @@ struct LogitForm {
         scale(record_scale(call.largest)) {}
 };
 
-// Probabilities in place, if there is a softcap beside the logits; return the largest of the column, as
+// Probabilities in place, or beside the logits if there is a softcap; return the largest of the column, as
 // an integer, and whether the column is any row's target.
+template <bool kPlain, int kHalf>
 __device__ __forceinline__ uint32 find_probabilities(float (&z)[kLogits],
                                                      const TileFactors& factors,
                                                      const OwnColumn& own, bool capped, int q,
@@ -229,19 +232,12 @@ __device__ __forceinline__ uint32 find_probabilities(float (&z)[kLogits],
     found = found || own.column == target.x || own.column == target.y;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      float& held = z[sum_index(j, side)];
-      const float p = power_of_two(fmaf(held, kLog2E, -(side == 0 ? lse.x : lse.y)));
+      float& held = z[sum_index<kHalf>(j, side)];
+      float p = power_of_two(fmaf(held, kLog2E, -(side == 0 ? lse.x : lse.y)));
+      if (!kPlain && own.removed) p = 0.0f;
       largest = max(largest, __float_as_uint(p));
-      if (!capped) held = p;
+      if (kPlain || !capped) held = p;
     }
-  }
-  if (own.removed) {
-    largest = 0;
-#pragma unroll
-    for (int j = 0; j < kSpans; ++j)
-#pragma unroll
-      for (int side = 0; side < 2; ++side)
-        if (!capped) z[sum_index(j, side)] = 0.0f;
   }
   target_of_any = found;
   return largest;
@@ -259,8 +255,9 @@ __device__ __forceinline__ void store_record(uint4* record, const OwnColumn& own
   }
 }
 
-// From products to records of dz: of 32 columns in a group's registers, the first halves of its sums.
-// Return how many of the warp's eight have passed.
+// From products to records of dz: of 32 columns in a group's registers, a half of its sums of a block.
+// Return how many of the warp's eight have passed. Plain logits are the products as they are.
+template <bool kPlain, int kHalf>
 __device__ __forceinline__ uint32 finish_logits(float (&z)[kLogits], const Shared& shared,
                                               const TileFactors& factors,
                                               const BackwardArguments& call, int64 tile,
@@ -269,9 +266,10 @@ __device__ __forceinline__ uint32 finish_logits(float (&z)[kLogits], const Share
   const int q = lane % 4;
   const bool filtered = call.filter.eps > 0.0;
   const OwnColumn own(call, held_column.entry);
-  if (!form.plain) make_logits(z, call, own);
+  if constexpr (!kPlain) make_logits<kHalf>(z, call, own);
+  const bool capped = !kPlain && form.capped;
   bool target_of_any;
-  uint32 largest = find_probabilities(z, factors, own, form.capped, q, target_of_any);
+  uint32 largest = find_probabilities<kPlain, kHalf>(z, factors, own, capped, q, target_of_any);
   float weight = own.column < 0 ? 0.0f : 1.0f;
   if (filtered) {
     // A target counts as 1.
@@ -287,42 +285,63 @@ __device__ __forceinline__ uint32 finish_logits(float (&z)[kLogits], const Share
   const float scaled = weight * form.scale;
   float sum = 0.0f;
   uint4* record = reinterpret_cast<uint4*>(call.dz + own_pair * kRowTile) + q;
-  if (form.capped || call.smoothing != nullptr || __any_sync(~0u, target_of_any)) {
+  if (capped || call.smoothing != nullptr || __any_sync(~0u, target_of_any)) {
     store_record(record, own, q, [&](int j) {
       const int row = 8 * j + 2 * q;
       auto dz = [&](int side) {
-        const float held = z[sum_index(j, side)];
+        const float held = z[sum_index<kHalf>(j, side)];
         float p = held;
-        if (form.capped)
+        if (capped)
           p = own.removed ? 0.0f : power_of_two(fmaf(held, kLog2E, -factors.lse[row + side]));
         float x = p * scaled * factors.softmax[row + side];
         if (own.column == factors.target[row + side]) x -= factors.onehot[row + side] * form.scale;
         if (call.smoothing != nullptr)
           x -= factors.smoothing[row + side] * smoothing * form.scale;
-        if (form.capped) {
+        if (capped) {
           const float t = held * form.inverse_cap;
           x = own.removed ? 0.0f : x * (1.0f - t * t);
         }
         return x;
       };
       const float first = dz(0), second = dz(1);
-      sum += first + second;
+      if constexpr (!kPlain) sum += first + second;
       return narrow_pair(first, second);
     });
   } else {
     store_record(record, own, q, [&](int j) {
       const float2 softmax = *reinterpret_cast<const float2*>(&factors.softmax[8 * j + 2 * q]);
-      const float first = z[sum_index(j, 0)] * scaled * softmax.x;
-      const float second = z[sum_index(j, 1)] * scaled * softmax.y;
-      sum += first + second;
+      const float first = z[sum_index<kHalf>(j, 0)] * scaled * softmax.x;
+      const float second = z[sum_index<kHalf>(j, 1)] * scaled * softmax.y;
+      if constexpr (!kPlain) sum += first + second;
       return narrow_pair(first, second);
     });
   }
-  if (call.dz_sum != nullptr) {
+  if (!kPlain && call.dz_sum != nullptr) {
     sum = quad_sum(sum);
     if (q == 0 && own.column >= 0) call.dz_sum[own_pair] = sum;
   }
   return __popc(__ballot_sync(~0u, q == 0 && passes));
+}
+
+// The end of an item: a group's half of its columns. Return how many of the warp's have passed.
+template <bool kPlain>
+__device__ __forceinline__ uint32 finish_item(float (&z)[kBlocksM][kLogits], const Shared& shared,
+                                              const LogitFacts& known, const BackwardArguments& call,
+                                              int64 tile, const LogitForm& form, int own) {
+  static_assert(kBlocksM == 2, "the second follows the first");
+  const int lane = threadIdx.x % 32;
+  uint32 passed = 0;
+  // A loop: twice the code would not stay where instructions are fetched from.
+#pragma unroll 1
+  for (int block = 0; block < kBlocksM; ++block, own += 64) {
+    passed += finish_logits<kPlain, 0>(z[0], shared, known.factors, call, tile, known.first + own,
+                                       known.column[own], form, lane);
+    passed += finish_logits<kPlain, 1>(z[0], shared, known.factors, call, tile,
+                                       known.first + own + 8, known.column[own + 8], form, lane);
+#pragma unroll
+    for (int i = 0; i < kLogits; ++i) z[0][i] = z[1][i];
+  }
+  return passed;
 }
 
 __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArguments& call,
@@ -353,29 +372,11 @@ __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArgum
     release(shared.ring.empty[done]);
     const LogitItem item(at);
     const int64 tile = call.first_tile + item.tile;
-    const int in_item = consumer * kBlocksM * 64 + thread / 32 * 16 + thread % 32 / 4;
+    const int own = consumer * kBlocksM * 64 + thread / 32 * 16 + thread % 32 / 4;
     wait_for(shared.facts_ring.full[facts.stage], facts.parity);
     const LogitFacts& known = shared.facts[facts.stage];
-    static_assert(kBlocksM == 2, "the second follows the first");
-    uint32 passed = 0;
-#pragma unroll 1
-    for (int part = 0; part < 2 * kBlocksM; ++part) {
-      const int own = in_item + 64 * (part / 2) + 8 * (part % 2);
-      passed += finish_logits(z[0], shared, known.factors, call, tile, known.first + own, known.column[own],
-                              form, thread % 32);
-      // What comes next takes the place of what is done: code that runs four times instead of four times
-      // the code, which would not stay where instructions are fetched from.
-      if (part % 2 == 0) {
-#pragma unroll
-        for (int j = 0; j < kSpans; ++j)
-#pragma unroll
-          for (int side = 0; side < 2; ++side)
-            z[0][sum_index(j, side)] = z[0][sum_index(j, side) + kOtherHalf];
-      } else {
-#pragma unroll
-        for (int i = 0; i < kLogits; ++i) z[0][i] = z[1][i];
-      }
-    }
+    const uint32 passed = form.plain ? finish_item<true>(z, shared, known, call, tile, form, own)
+                                     : finish_item<false>(z, shared, known, call, tile, form, own);
     __syncwarp();
     release(shared.facts_ring.empty[facts.stage]);
     if (call.passed != nullptr && thread % 32 == 0)
