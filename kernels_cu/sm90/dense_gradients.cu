@@ -114,7 +114,7 @@ __device__ __forceinline__ void release_to_all(const uint64& empty) {
 
 // Add the products of an item, whose rows of dz lie across the depth where kAcross is 1.
 template <int kAcross>
-__device__ __forceinline__ void multiply(float (&sums)[kGradients], DenseShared& shared, int consumer,
+__device__ __forceinline__ void multiply(float (&sums)[kSumsOf<kWidth>], DenseShared& shared, int consumer,
                                          int steps, RingPlace<kStages>& place) {
   int done = 0;
   for (int step = 0; step < steps; ++step) {
@@ -155,7 +155,7 @@ __device__ __forceinline__ void form_items(DenseShared& shared, const DenseGradi
       row[half] = number < call.tokens ? call.de + number * call.dim : nullptr;
       low[half] = call.low + number * call.dim;
     }
-    float sums[kGradients] = {};
+    float sums[kSumsOf<kWidth>] = {};
     // Sums go on from where the chunk before left them.
     if (!begins) take_kept_sums(sums, item.part, dim, row, low, q);
     settle(sums);
@@ -168,7 +168,7 @@ __device__ __forceinline__ void form_items(DenseShared& shared, const DenseGradi
   }
   for (; at < items; at += gridDim.x / kCluster) {
     const DenseItem item(call, at, rank);
-    float sums[kGradients] = {};
+    float sums[kSumsOf<kWidth>] = {};
     settle(sums);
     multiply<1>(sums, shared, consumer, item.steps, place);
     Storage* row[2];

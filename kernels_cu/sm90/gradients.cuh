@@ -6,39 +6,49 @@
 
 namespace cce {
 
-constexpr int kGradients = kWidth / 2;  // a thread's sums, of 64 rows
+constexpr int kNarrow = kWidth / 2;  // elements of D: where no more are left, products take half the time
+
+// A thread's sums of 64 rows.
+template <int kColumns>
+constexpr int kSumsOf = kColumns / 2;
 
 // Start the products of a stage with `dz`, whose rows lie across the depth where kAcross is 1.
-template <int kAcross>
-__device__ __forceinline__ void start_gradients(float (&sums)[kGradients], const Storage* dz,
+template <int kAcross, int kSums>
+__device__ __forceinline__ void start_gradients(float (&sums)[kSums], const Storage* dz,
                                                 const Storage (&other)[kSpread][kTileK * kTileK]) {
   const uint64 a = kAcross ? across_depth<kTileK>(dz) : along_depth(dz);
   const uint64 b = across_depth<kTileK>(other[0]);
 #pragma unroll
-  for (int step = 0; step < kTileK / 16; ++step)
-    product_64x256x16<kAcross>(sums, a + step * (kAcross ? kAdvanceAcross : kAdvanceAlong),
-                               b + step * kAdvanceAcross, 1);
+  for (int step = 0; step < kTileK / 16; ++step) {
+    const uint64 a_step = a + step * (kAcross ? kAdvanceAcross : kAdvanceAlong);
+    const uint64 b_step = b + step * kAdvanceAcross;
+    if constexpr (kSums == kSumsOf<kWidth>) {
+      product_64x256x16<kAcross>(sums, a_step, b_step, 1);
+    } else {
+      product_64x128x16<kAcross, 1>(sums, a_step, b_step, 1);
+    }
+  }
   product_commit();
 }
 
 // Nothing that reads or writes the sums may move to where products are under way.
-__device__ __forceinline__ void settle(float (&sums)[kGradients]) {
+template <int kSums>
+__device__ __forceinline__ void settle(float (&sums)[kSums]) {
 #pragma unroll
-  for (int i = 0; i < kGradients; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+  for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
 // Where a thread's sums lie in its group's 64 rows, eight columns a span.
-constexpr int kGradientSpans = kWidth / 8;
 __device__ __forceinline__ constexpr int gradient_index(int span, int half, int side) {
   return 4 * span + 2 * half + side;
 }
 
 // Call f(half, words) for every 16 bytes of a row that a thread writes: `words` holds pairs of sums,
 // `at` is the first element of D.
-template <typename Finish>
+template <int kSums, typename Finish>
 __device__ __forceinline__ void each_word(int part, int dim, int q, Finish f) {
 #pragma unroll
-  for (int spans = 0; spans < kGradientSpans; spans += 4) {
+  for (int spans = 0; spans < kSums / 4; spans += 4) {
     const int at = part * kWidth + spans * 8 + q * kWordElements;
 #pragma unroll
     for (int half = 0; half < 2; ++half) f(spans, half, at, at < dim);
@@ -51,11 +61,12 @@ __device__ __forceinline__ int element_of(int part, int span, int side, int q) {
 }
 
 // Store rounded sums times `scale`, less what a factor of the row brings of `background`.
-__device__ __forceinline__ void store_rows(const float (&sums)[kGradients], int part, int dim,
+template <int kSums>
+__device__ __forceinline__ void store_rows(const float (&sums)[kSums], int part, int dim,
                                            float scale, const float* background,
                                            const float (&factor)[2], float background_scale,
                                            Storage* const (&row)[2], int q) {
-  each_word(part, dim, q, [&](int spans, int half, int at, bool there) {
+  each_word<kSums>(part, dim, q, [&](int spans, int half, int at, bool there) {
     auto value = [&](int span, int side) {
       const float x = sums[gradient_index(span, half, side)] * scale;
       const int d = element_of(part, span, side, q);
@@ -71,10 +82,11 @@ __device__ __forceinline__ void store_rows(const float (&sums)[kGradients], int 
 constexpr uint32 kUpperHalves = 0x7632, kLowerHalves = 0x5410;  // of two words, selected into one
 
 // Unfinished sums wait as they are, their high halves where the gradient will be, the low ones beside it.
-__device__ __forceinline__ void keep_sums(const float (&sums)[kGradients], int part, int dim,
+template <int kSums>
+__device__ __forceinline__ void keep_sums(const float (&sums)[kSums], int part, int dim,
                                           Storage* const (&row)[2],
                                           unsigned short* const (&low)[2], int q) {
-  each_word(part, dim, q, [&](int spans, int half, int at, bool there) {
+  each_word<kSums>(part, dim, q, [&](int spans, int half, int at, bool there) {
     auto halves = [&](int k, uint32 selector) {
       return __byte_perm(__float_as_uint(sums[gradient_index(spans + k, half, 0)]),
                          __float_as_uint(sums[gradient_index(spans + k, half, 1)]), selector);
@@ -91,10 +103,11 @@ __device__ __forceinline__ void keep_sums(const float (&sums)[kGradients], int p
   });
 }
 
-__device__ __forceinline__ void take_kept_sums(float (&sums)[kGradients], int part, int dim,
+template <int kSums>
+__device__ __forceinline__ void take_kept_sums(float (&sums)[kSums], int part, int dim,
                                               Storage* const (&row)[2],
                                               unsigned short* const (&low)[2], int q) {
-  each_word(part, dim, q, [&](int spans, int half, int at, bool there) {
+  each_word<kSums>(part, dim, q, [&](int spans, int half, int at, bool there) {
     uint4 upper = {}, lower = {};
     if (there && row[half] != nullptr) {
       upper = *reinterpret_cast<const uint4*>(row[half] + at);

@@ -314,6 +314,7 @@ __device__ __forceinline__ void copy_gradients(Shared& shared, const TensorMap& 
   queue.finish(limit);
 }
 
+template <int kColumns>
 __device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArguments& call,
                                                const Chunk& chunk, const GradientItem& item,
                                                int64 count, bool first, bool last,
@@ -332,7 +333,7 @@ __device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArg
   }
   const int pairs = count_passed(shared, call, chunk, item.place);
   const int steps = max((pairs + kTileK - 1) / kTileK, 1);
-  float sums[kGradients] = {};
+  float sums[kSumsOf<kColumns>] = {};
   // Sums go on from where the chunk before left them.
   if (!first) take_kept_sums(sums, item.part, dim, row, low, q);
   settle(sums);
@@ -370,13 +371,14 @@ __device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArg
              smoothing, scale, row, q);
 }
 
+template <int kColumns>
 __device__ __forceinline__ void form_classifier(Shared& shared, const BackwardArguments& call, const Chunk& chunk,
                                                 const GradientItem& item, int row_tiles,
                                                 RingPlace<kStages>& place) {
   const int consumer = threadIdx.x / kGroupThreads - 1, thread = threadIdx.x % kGroupThreads;
   const int block = call.order.block_at(chunk.first + item.place);
   KeepingTiles tiles(call.order, block, row_tiles);
-  float sums[kGradients] = {};
+  float sums[kSumsOf<kColumns>] = {};
   int held = -1;     // a stage that products may still read
   for (int tile; (tile = tiles.next()) >= 0;) {
     // Columns of this half that no row of the tile keeps are zeros there.
@@ -423,13 +425,25 @@ __device__ __forceinline__ void form_gradients(Shared& shared, const BackwardArg
                                                RingPlace<kStages>& place) {
   const int limit = count_gradients(call, chunk, row_tiles), parts = count_parts(call);
   const int embeddings = count_embeddings(call, row_tiles);
+  const int dim = static_cast<int>(call.dim);
   int at = queue.receive(shared);
   // All of one kind come first: in one loop the sums of both would be one.
-  for (; at != Queue::kNoItem && at < embeddings; at = queue.receive(shared))
-    form_embedding(shared, call, chunk, GradientItem(call, row_tiles, parts, at), count, first, last,
-                   place);
-  for (; at != Queue::kNoItem; at = queue.receive(shared))
-    form_classifier(shared, call, chunk, GradientItem(call, row_tiles, parts, at), row_tiles, place);
+  for (; at != Queue::kNoItem && at < embeddings; at = queue.receive(shared)) {
+    const GradientItem item(call, row_tiles, parts, at);
+    if (dim - item.part * kWidth > kNarrow) {
+      form_embedding<kWidth>(shared, call, chunk, item, count, first, last, place);
+    } else {
+      form_embedding<kNarrow>(shared, call, chunk, item, count, first, last, place);
+    }
+  }
+  for (; at != Queue::kNoItem; at = queue.receive(shared)) {
+    const GradientItem item(call, row_tiles, parts, at);
+    if (dim - item.part * kWidth > kNarrow) {
+      form_classifier<kWidth>(shared, call, chunk, item, row_tiles, place);
+    } else {
+      form_classifier<kNarrow>(shared, call, chunk, item, row_tiles, place);
+    }
+  }
   queue.finish(limit);
 }
 

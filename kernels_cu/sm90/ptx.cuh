@@ -252,7 +252,8 @@ __device__ __forceinline__ void product_64x192x16(float (&d)[96], uint64 a, uint
       : "l"(a), "l"(b), "r"(add));
 }
 
-// The same of 128 columns.
+// The same of 128 columns; rows of a and b lie across the depth where kAcross and kOtherAcross are 1.
+template <int kAcross = 0, int kOtherAcross = 0>
 __device__ __forceinline__ void product_64x128x16(float (&d)[64], uint64 a, uint64 b, int add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
@@ -261,7 +262,7 @@ __device__ __forceinline__ void product_64x128x16(float (&d)[64], uint64 a, uint
       " %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
       " %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
       " %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p, 1, 1, 0, 0;\n}\n"
+      "%64, %65, p, 1, 1, %67, %68;\n}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
@@ -272,7 +273,7 @@ __device__ __forceinline__ void product_64x128x16(float (&d)[64], uint64 a, uint
         "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
         "+f"(d[63])
-      : "l"(a), "l"(b), "r"(add));
+      : "l"(a), "l"(b), "r"(add), "n"(kAcross), "n"(kOtherAcross));
 }
 
 // d = a b, added to d where `add` is set: 64 rows, 256 columns, a depth of 16; rows of b lie across the
