@@ -66,6 +66,8 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
   constexpr int kColumnsOfThread = kPairs / kRowStep, kRowsOfThread = kRowTile / kRowStep;
   const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
   const int steps = (dim + kTileK - 1) / kTileK;
+  // While facts are looked up products have full stages to go on with, and some more before their end.
+  const int steps_before = steps > 2 * kStages ? steps - kStages : steps;
   const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
   const uint32 in_tile = word_place(first, word);
   KeptAddresses kept;
@@ -106,7 +108,7 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
                   some_rows && first + i * kRowStep >= rows.number ? 0 : bytes);
       kept.keep(from);
     };
-    for (int step = 0; step < steps; ++step, place.next()) {
+    auto copy_step = [&](int step) {
       LogitStage& stage = shared.stage[place.stage].logits;
       wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
       const uint32 full = shared_address(&shared.ring.full[place.stage]);
@@ -128,9 +130,12 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
         copy(shared_address(stage.e) + in_tile, call.e.data + step * kTileK, word_of_row, bytes,
              true);
       arrive_after_words(full);
-    }
-    // The products are some stages behind, and have an end before them.
+      place.next();
+    };
+    int step = 0;
+    for (; step < steps_before; ++step) copy_step(step);
     share_facts(shared, call, rows, item.tile, start, first_pair, facts);
+    for (; step < steps; ++step) copy_step(step);
   }
   kept.finish();
   queue.finish(limit);
