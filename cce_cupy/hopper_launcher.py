@@ -78,12 +78,18 @@ class HopperLauncher(Launcher):
             *kept, *(room[f"order_{name}"] if sweep.filtered else 0 for name in names),
             cut.order_blocks, cut.natural_blocks, cut.tile_words, part.chunk_blocks,
         )  # fmt: skip
-        ordered, queue, arrived, active, ready = (counters + at for at in cut.counters[:-1])
+        ordered, queue, arrived, active, any_column, ready = (
+            counters + at for at in cut.counters[:-1]
+        )
+        rank_one, wanted = self.rank_one, outputs.wanted
+        wants_e, wants_c = sweep.e and wanted.e, sweep.c and wanted.c
         if sweep.filtered:
+            # Rows of dC that are zeros in the end have room for unfinished sums of dE.
+            may_wait_in_dc = wants_e and wants_c and not plan.smooths
             self.launch(
                 "sm90/order", "order_columns", (cut.blocks, 1), (ORDER_THREADS, 1), room["count"],
-                part.first_tile, part.tiles, cut.pairs, cut.pairs_in_one, *order,
-                *(room["records"] + at for at in cut.scratch), active, ordered,
+                part.first_tile, part.tiles, cut.pairs, cut.pairs_in_one, may_wait_in_dc, *order,
+                *(room["records"] + at for at in cut.scratch), active, any_column, ordered,
                 cooperative=True,
             )  # fmt: skip
         shape = problem.tokens, problem.dim
@@ -93,8 +99,6 @@ class HopperLauncher(Launcher):
         if sweep.filtered:
             lists = room["list"], room["item"], room["slot"], room["passing"]
             passed = room["passed_pairs"], room["carried"]
-        rank_one, wanted = self.rank_one, outputs.wanted
-        wants_e, wants_c = sweep.e and wanted.e, sweep.c and wanted.c
         dense = plan.dense_chunks(sweep, part)
         if dense:
             self._dense(cut, dense, outputs.de if wants_e else 0, outputs.dc if wants_c else 0)

@@ -34,7 +34,7 @@ HOPPER_FORWARD = (
 
 KEPT_COLUMNS = "PqPq"
 COLUMN_ORDER = KEPT_COLUMNS + "8Piiii0P"
-ORDER_SCRATCH = "8P"
+ORDER_SCRATCH = "9P"
 PAIRS = "5Pi0P3P"  # their lists and records, what is carried, and what has passed
 HOPPER_BACKWARD = (
     MATRIX + MATRIX + ROW_MAP + "PPq" + LOGIT_OPTIONS + FILTER + "qq" + COLUMN_ORDER + "P"
@@ -105,7 +105,7 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "sm90/order.cu": {
         "order_columns": (
-            POINTER, INT64, INT32, INT32, INT32, COLUMN_ORDER, ORDER_SCRATCH, POINTER,
+            POINTER, INT64, INT32, INT32, INT32, INT32, COLUMN_ORDER, ORDER_SCRATCH, POINTER,
         ),
     },
     "sm90/factors.cu": {

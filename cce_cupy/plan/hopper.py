@@ -161,7 +161,8 @@ class HopperBackward:
 
     How many columns are kept is known on the device only. It cuts the vocabulary into chunks whose
     records fit; dE of a row tile goes on from chunk to chunk, in two halves of float32 numbers:
-    the high ones where dE will be, the low ones in the workspace.
+    the high ones where dE will be, the low ones in the workspace, or in rows of dC that nobody
+    keeps, which become zeros last: chunks may then be as large as if there were one.
 
     Attributes
     ----------
@@ -181,8 +182,8 @@ class HopperBackward:
         Where the low halves start, in bytes from the first record.
     counters : tuple of int
         Where the zeros start that a pass counts in, in bytes from the first: of sorting, of the
-        work handed out, of the blocks that wait for each other, of the chunks' columns, of the
-        row tiles whose pairs are known; and their size.
+        work handed out, of the blocks that wait for each other, of the chunks' columns, of those
+        that any row tile keeps, of the row tiles whose pairs are known; and their size.
     scratch : tuple of int
         Where the pieces start that sorting the columns takes, in bytes from the first record: it
         is done when records come.
@@ -274,7 +275,7 @@ def plan_hopper_backward(
             "order_kept_in": 4 * tiles * (natural_blocks + 1),
             "order_tiles": 2 * 4 * blocks * tile_words,
             "order_block": 4 * blocks,
-            "order_chunk": 4 * (chunks + 3),
+            "order_chunk": 4 * (chunks + 4),
             "order_range": 4 * (chunks + 1),
             "passed_pairs": 4 * tiles,
             "carried": 4 * tiles,
@@ -317,7 +318,7 @@ def plan_hopper_backward(
         4 * order_blocks,
     )
     ends = tuple(itertools.accumulate(whole(size, _ALIGNMENT) for size in scratch))
-    counters = (8, 8, 8, 4 * (chunks + 1), 4 * tiles)
+    counters = (8, 8, 8, 4 * (chunks + 1), 8, 4 * tiles)
     counters_ends = tuple(itertools.accumulate(whole(size, 8) for size in counters))
     room = {
         **order,

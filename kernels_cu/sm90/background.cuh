@@ -17,7 +17,9 @@ struct ZeroRows {
 
   __device__ __forceinline__ ZeroRows(const BackwardArguments& call, int first_block) {
     if (!zero_background(call)) return;
-    const int places = call.order.places();
+    // Rows where sums of dE wait become zeros when these are done.
+    const int waiting = call.order.waiting_place();
+    const int places = waiting > 0 ? waiting : call.order.places();
     const int first = min(first_block * kOrderBlock, places);
     const int each = (places - first + gridDim.x - 1) / gridDim.x;
     next = min(first + static_cast<int>(blockIdx.x) * each, places);

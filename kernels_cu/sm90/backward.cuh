@@ -116,7 +116,8 @@ struct BackwardArguments {
   int* carried;           // (tiles): what is carried on to the next
   int* ready;             // (tiles): chunks whose passed pairs are known; zeros before
   float* dz_sum;          // of each pair over its rows; or null
-  unsigned short* low;    // (rows of the sweep, D): low halves of unfinished sums; the high ones wait in de
+  unsigned short* low;    // (rows of the sweep, D): low halves of unfinished sums, unless rows of dC have
+                          // room for them; the high ones wait in de
   const float* smoothing_class;     // the same where it is of rank one: of each class, or null
   const float* smoothing_classifier;  // sum over the classes of their smoothing times c
   const float* smoothing_embedding;   // sum over the rows of their smoothing times e

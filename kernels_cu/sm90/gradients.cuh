@@ -103,6 +103,16 @@ __device__ __forceinline__ void keep_sums(const float (&sums)[kSums], int part, 
   });
 }
 
+// Zeros where the low halves were.
+template <int kSums>
+__device__ __forceinline__ void clear_low(int part, int dim, Storage* const (&row)[2],
+                                          unsigned short* const (&low)[2], int q) {
+  each_word<kSums>(part, dim, q, [&](int spans, int half, int at, bool there) {
+    if (there && row[half] != nullptr)
+      *reinterpret_cast<uint4*>(low[half] + at) = make_uint4(0, 0, 0, 0);
+  });
+}
+
 template <int kSums>
 __device__ __forceinline__ void take_kept_sums(float (&sums)[kSums], int part, int dim,
                                               Storage* const (&row)[2],

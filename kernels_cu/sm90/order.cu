@@ -26,6 +26,20 @@ __device__ __forceinline__ void scan_blocks(OrderShared& shared, int* before, in
   }
 }
 
+// Columns that any row tile keeps.
+__device__ __forceinline__ void count_columns(const ColumnOrder& order, const OrderScratch& scratch,
+                                              int row_tiles) {
+  int found = 0;
+  for (int word = blockIdx.x * kThreads + threadIdx.x; word < order.kept.words;
+       word += gridDim.x * kThreads) {
+    uint32 any = 0;
+#pragma unroll 4
+    for (int tile = 0; tile < row_tiles; ++tile) any |= order.kept.word(tile, word);
+    found += __popc(any);
+  }
+  if (found > 0) atomicAdd(scratch.any, found);
+}
+
 // The chunk of a block of the vocabulary.
 __device__ __forceinline__ int chunk_of(const ColumnOrder& order, int block) {
   int low = 0, high = order.chunk[0];
@@ -75,7 +89,9 @@ __device__ __forceinline__ void place_chunks(const ColumnOrder& order, const Ord
   }
   order.chunk[ColumnOrder::kTable + chunks] = block;
   scratch.active[chunks] = active;
-  order.chunk[1] = block * kOrderBlock + static_cast<int>(order.kept.vocab) - active;
+  const int places = block * kOrderBlock + static_cast<int>(order.kept.vocab) - active;
+  order.chunk[1] = places;
+  if (order.chunk[2] > 0) order.chunk[2] = places - order.chunk[2];
 }
 
 // Columns to their places, the kept bits in the order, and the row tiles of each half block.
@@ -162,14 +178,17 @@ __device__ __forceinline__ int first_where(int low, int high, int lane, Holds ho
 }
 
 // Cut the vocabulary into chunks of at most `capacity` pairs, lists as whole units; one chunk if
-// `capacity_in_one` holds all, as it does where the two are equal. One warp.
+// `capacity_in_one` holds all, as it does where the two are equal. Where `waiting_rows` columns are nobody's
+// unfinished sums of dE wait in their rows of dC, and chunks may hold as many pairs as one would. One warp.
 __device__ __forceinline__ void cut_chunks(const ColumnOrder& order, const OrderScratch& scratch,
                                            int row_tiles, int capacity, int capacity_in_one,
-                                           int lane) {
+                                           int waiting_rows, int lane) {
   const int* before = scratch.pairs_before;
   const int all = order.natural_blocks, padding = row_tiles * (kListUnit - 1);
   int chunks = 0, first = 0;
   const bool in_one = capacity == capacity_in_one || before[all] + padding <= capacity_in_one;
+  const bool waits = !in_one && waiting_rows > 0 && order.kept.vocab - *scratch.any >= waiting_rows;
+  if (waits) capacity = capacity_in_one;
   while (first < all) {
     if (lane == 0) order.range[chunks] = first;
     ++chunks;
@@ -182,6 +201,7 @@ __device__ __forceinline__ void cut_chunks(const ColumnOrder& order, const Order
   if (lane == 0) {
     order.range[chunks] = all;
     order.chunk[0] = chunks;
+    order.chunk[2] = waits ? waiting_rows : 0;
   }
 }
 
@@ -224,11 +244,13 @@ using namespace cce;
 // A cooperative launch; `arrived` and scratch.active are zeros.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     order_columns(const int64* count, int64 first_tile, int tiles, int capacity,
-                  int capacity_in_one, ColumnOrder order, OrderScratch scratch, int* arrived) {
+                  int capacity_in_one, int may_wait_in_dc, ColumnOrder order, OrderScratch scratch,
+                  int* arrived) {
   __shared__ OrderShared shared;
   const int lane = threadIdx.x % 32, warp = blockIdx.x * kWarps + threadIdx.x / 32;
   const int row_tiles = count_row_tiles(*count, first_tile, tiles);
   Barrier barrier{arrived};
+  if (may_wait_in_dc != 0) count_columns(order, scratch, row_tiles);
   scan_blocks(shared, order.kept_in, order.natural_blocks + 1, order.natural_blocks, row_tiles,
               [&](int tile, int block) {
                 int sum = 0;
@@ -240,7 +262,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   barrier.wait();
   count_pairs(order, scratch, row_tiles);
   barrier.wait();
-  if (warp == 0) cut_chunks(order, scratch, row_tiles, capacity, capacity_in_one, lane);
+  if (warp == 0) {
+    int rows = 0;
+    if (may_wait_in_dc != 0)
+      rows = static_cast<int>(min(*count, (first_tile + tiles) * kRowTile) - first_tile * kRowTile);
+    cut_chunks(order, scratch, row_tiles, capacity, capacity_in_one, rows, lane);
+  }
   barrier.wait();
   int shift = 0;
   while (kSlots << shift < row_tiles) ++shift;

@@ -49,7 +49,9 @@ struct ColumnOrder {
   int tile_words;
   int chunk_blocks;     // of a chunk, where every column is kept
 
-  static constexpr int kTable = 2;  // the number of chunks; places in use
+  // The number of chunks; places in use; the first place of a column whose row of dC holds unfinished sums
+  // of dE, or 0.
+  static constexpr int kTable = 3;
 
   __device__ __forceinline__ bool whole() const { return chunk_blocks > 0; }
   __device__ __forceinline__ int chunks() const {
@@ -58,6 +60,9 @@ struct ColumnOrder {
   __device__ __forceinline__ int places() const {
     return whole() ? static_cast<int>(kept.vocab) : chunk[1];
   }
+  // The first of the places, one for each row of the sweep, whose rows of dC are nobody's, so that the low
+  // halves of unfinished sums of dE can wait there; 0 where they wait in the workspace.
+  __device__ __forceinline__ int waiting_place() const { return whole() ? 0 : chunk[2]; }
   // The first block of a chunk; that of the one after the last is the end.
   __device__ __forceinline__ int first_block(int number) const {
     return whole() ? min(number * chunk_blocks, natural_blocks) : chunk[kTable + number];

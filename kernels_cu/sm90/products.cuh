@@ -323,6 +323,7 @@ __device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArg
   const int q = thread % 4, dim = static_cast<int>(call.dim);
   Storage* row[2];
   unsigned short* low[2];
+  const int waiting = call.order.waiting_place();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64 in_sweep = static_cast<int64>(item.place) * kRowTile + consumer * 64 +
@@ -330,12 +331,18 @@ __device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArg
     const int64 at = call.first_tile * kRowTile + in_sweep;
     row[half] = at < count ? call.de + call.map.source[at] * call.dim : nullptr;
     low[half] = call.low + in_sweep * call.dim;
+    if (waiting > 0 && at < count)
+      low[half] = reinterpret_cast<unsigned short*>(
+          call.dc + call.order.column_at(waiting + static_cast<int>(in_sweep)) * call.dim);
   }
   const int pairs = count_passed(shared, call, chunk, item.place);
   const int steps = max((pairs + kTileK - 1) / kTileK, 1);
   float sums[kSumsOf<kColumns>] = {};
   // Sums go on from where the chunk before left them.
-  if (!first) take_kept_sums(sums, item.part, dim, row, low, q);
+  if (!first) {
+    take_kept_sums(sums, item.part, dim, row, low, q);
+    if (last && waiting > 0) clear_low<kSumsOf<kColumns>>(item.part, dim, row, low, q);
+  }
   settle(sums);
   int done = 0;
   for (int step = 0; step < steps; ++step) {

@@ -26,6 +26,7 @@ struct OrderScratch {
   int* pairs_before;  // (natural_blocks + 1): of all row tiles
   int* tile_count;    // (blocks): row tiles that keep any column
   int* active;        // (chunks + 1): columns of each chunk, zeros before
+  int* any;           // columns that any row tile keeps, where it has to be known; zero before
 };
 
 struct OrderShared {
