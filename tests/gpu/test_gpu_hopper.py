@@ -1,6 +1,7 @@
 """What only the backward on Hopper can get wrong: chunks, passes, copies of rows, and waiting."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,6 +52,35 @@ def test_bits_of_chunks(cupy, dtype, kind):
     assert {plan.hopper_backward.together for plan in plans} == {True}
     found = set()
     for size, _ in itertools.product(workspaces, range(4)):
+        results = cce_cupy.linear_cross_entropy_value_and_grad(
+            **arguments, **filtering, workspace_bytes=size
+        )
+        found.add(tuple(bits(cupy, results)))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", ["unbiased", "threshold"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_bits_where_unfinished_sums_wait_in_dc(cupy, dtype, kind, ignored):
+    """Rows of dC that nobody keeps hold sums of dE between chunks, and are zeros in the end."""
+    case = problem(n=300, v=40000, d=72, dtype=dtype, bias=False)
+    # Peaked, so that columns are left which nobody keeps.
+    case = replace(case, e=2 * case.e)
+    arguments = sent(cupy, case)
+    if ignored:
+        arguments["targets"] = arguments["targets"].copy()
+        arguments["targets"][1::3] = -100
+    logits = case.e.astype(np.float64) @ case.c.astype(np.float64).T
+    p = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+    largest = np.stack([p[first : first + 128].max(axis=0) for first in range(0, 300, 128)])
+    eps = float(np.quantile(largest, 0.7))
+    filtering = {"gradient_filter": kind, "filter_eps": eps, "seed": 1}
+    plan = plan_of(case, workspace_bytes=2**22, **filtering)
+    assert plan.hopper_backward.together
+    assert (largest >= eps).sum() > 2 * plan.hopper_backward.pairs_in_one
+    found = set()
+    for size, _ in itertools.product((None, 2**22, 3 * 2**21), range(3)):
         results = cce_cupy.linear_cross_entropy_value_and_grad(
             **arguments, **filtering, workspace_bytes=size
         )
