@@ -12,6 +12,7 @@ from .plan import (
     ORDER_THREADS,
     ROW_TILE,
     TILE_COLUMNS,
+    DenseCut,
     HopperBackward,
     HopperPass,
     Sweep,
@@ -99,9 +100,9 @@ class HopperLauncher(Launcher):
         if sweep.filtered:
             lists = room["list"], room["item"], room["slot"], room["passing"]
             passed = room["passed_pairs"], room["carried"]
-        dense = plan.dense_chunks(sweep, part)
-        if dense:
-            self._dense(cut, dense, outputs.de if wants_e else 0, outputs.dc if wants_c else 0)
+        dense = plan.dense_cut(sweep, part, both=wants_e and wants_c)
+        if dense is not None:
+            self._dense(dense, outputs.de if wants_e else 0, outputs.dc if wants_c else 0)
         with_bias = sweep.c and wanted.bias
         in_columns = problem.filter_c_grad and (wanted.c or wanted.bias)
         counts = sweep.filtered and (sweep.c or not in_columns)
@@ -122,10 +123,9 @@ class HopperLauncher(Launcher):
             cooperative=True,
         )  # fmt: skip
 
-    def _dense(self, cut: HopperBackward, chunks: range, de: int, dc: int) -> None:
+    def _dense(self, dense: DenseCut, de: int, dc: int) -> None:
         """Form gradients of all columns chunk by chunk; nothing where any token is ignored."""
-        problem, room, inputs, dense = self.problem, self.room, self.inputs, self.plan.dense
-        assert dense is not None
+        problem, room, inputs = self.problem, self.room, self.inputs
         largest, records = room["counters"], room["records"]
         tokens, vocab, dim = problem.tokens, problem.vocab, problem.dim
         e, c = inputs.e, inputs.c
@@ -133,7 +133,8 @@ class HopperLauncher(Launcher):
         def boxes(pointer: int, rows: int, columns: int, stride: int, box: int) -> TensorMap:
             return TensorMap(pointer, (rows, columns), stride, problem.dtype, (box, _BOX))
 
-        for first in chunks:
+        waiting = dc + (vocab - dense.waiting) * dim * ITEMSIZE[problem.dtype]
+        for first in dense.chunks(vocab):
             columns = min(dense.columns, vocab - first)
             chunk = c.pointer + first * c.stride * ITEMSIZE[problem.dtype]
             self.launch(
@@ -144,11 +145,15 @@ class HopperLauncher(Launcher):
                 dense.unit_tiles, dense.group, room["row_lse"], *self.factors(), largest, records,
                 dense.columns,
             )  # fmt: skip
-            self.launch(
-                "sm90/dense_gradients", "dense_gradients", (dense.blocks, 1), (_THREADS, 1),
-                boxes(records, tokens, columns, dense.columns, _BOX),
-                boxes(e.pointer, tokens, dim, e.stride, _BOX),
-                boxes(chunk, columns, dim, c.stride, _BOX),
-                room["count"], tokens, dim, first, columns, vocab, problem.logit_scale, largest,
-                records + cut.low_offset, de, dc,
-            )  # fmt: skip
+            # Sums of dE that wait where the last rows of dC will be have to be taken up before.
+            apart = dense.waiting > 0 and first + columns == vocab
+            for of_e, of_c in ((de, 0), (0, dc)) if apart else ((de, dc),):
+                self.launch(
+                    "sm90/dense_gradients", "dense_gradients", (dense.blocks, 1), (_THREADS, 1),
+                    boxes(records, tokens, columns, dense.columns, _BOX),
+                    boxes(e.pointer, tokens, dim, e.stride, _BOX),
+                    boxes(chunk, columns, dim, c.stride, _BOX),
+                    room["count"], tokens, dim, first, columns, vocab, problem.logit_scale,
+                    largest, waiting if dense.waiting else 0, dense.waiting,
+                    records + dense.low_offset, of_e, of_c,
+                )  # fmt: skip

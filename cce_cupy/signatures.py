@@ -45,8 +45,8 @@ HOPPER_BACKWARD = (
 DENSE_DLOGITS = MATRIX + ROW_MAP + "4q" + LOGIT_OPTIONS + "iiP" + ROW_FACTORS + "PPq"
 """e, map; tokens, dim, columns; options, order of work; row_lse, factors, largest; dz."""
 
-DENSE_GRADIENTS = "P5qd4P"
-"""count; tokens, dim, columns; scale, largest; what is summed."""
+DENSE_GRADIENTS = "P5qdPPq3P"
+"""count; tokens, dim, columns; scale, largest; unfinished sums; what is summed."""
 
 _FORWARD = (
     MATRIX, MATRIX, POINTER, POINTER, INT64, INT64, INT64, INT64, LOGIT_OPTIONS, FILTER, ROW_MAP,

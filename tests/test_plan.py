@@ -298,13 +298,17 @@ def check_hopper_backward(plan, tokens, vocab):
         launches += len(passes)
         passed += len(passes)
         for part in passes:
-            chunks = plan.dense_chunks(sweep, part)
-            is_dense = plan.dense is not None and not sweep.filtered and part.tiles == plan.tiles
-            assert bool(chunks) == is_dense
-            if is_dense:
-                assert chunks[0] == 0
-                assert chunks[-1] < vocab <= chunks[-1] + plan.dense.columns
-            launches += len(chunks)
+            may = not sweep.filtered and part.tiles == plan.tiles
+            most = 0
+            for both, dense in ((False, plan.dense), (True, plan.dense_both)):
+                found = plan.dense_cut(sweep, part, both=both)
+                assert found == (dense if may else None)
+                if found is not None:
+                    chunks = found.chunks(vocab)
+                    assert chunks[0] == 0
+                    assert chunks[-1] < vocab <= chunks[-1] + found.columns
+                    most = max(most, len(chunks))
+            launches += most
     assert plan.parts == launches
     assert len(plan.sweeps) == (1 if cut.together else 2)
     # A wanted gradient alone takes no more passes than there are counters for.
@@ -431,9 +435,9 @@ def test_what_the_device_cuts_fits(tokens, given):
 UNFILTERED = {"gradient_filter": None}
 
 
-def check_dense(plan, tokens, vocab, dim):
+def check_dense(plan, dense, tokens, vocab, dim):
     """Check that dz of a chunk and unfinished sums lie apart within the records; count chunks."""
-    dense, cut = plan.dense, plan.hopper_backward
+    cut = plan.hopper_backward
     assert 0 < dense.columns < vocab + 128
     assert dense.columns % 128 == 0
     assert dense.blocks == 132
@@ -441,12 +445,16 @@ def check_dense(plan, tokens, vocab, dim):
     assert 1 <= dense.unit_tiles <= tiles
     assert 1 <= dense.group <= row_pairs
     chunks = -(-vocab // dense.columns)
-    dz = ROW_TILE * plan.tiles * dense.columns * 2
+    dz = tokens * dense.columns * 2
     assert dz <= plan.backward["records"]
+    # Rows of dC where sums wait are of the last chunk; with one chunk nothing waits.
+    last = vocab - dense.chunks(vocab)[-1]
+    assert 0 <= dense.waiting <= min(tokens, last if chunks > 1 else 0)
     # dE of fewer row tiles than all is not formed from dense products.
     if chunks > 1 and cut.row_tiles == plan.tiles:
-        assert dz <= cut.low_offset
-        assert cut.low_offset + 2 * tokens * dim <= plan.backward["records"]
+        assert dz <= dense.low_offset
+        waiting = 2 * (tokens - dense.waiting) * dim
+        assert dense.low_offset + waiting <= plan.backward["records"]
     return chunks
 
 
@@ -460,7 +468,8 @@ def test_dense_chunks_without_room_for_unfinished_sums_are_one(tokens, dim, voca
     asked = problem(tokens, dim, vocab, dtype, workspace_bytes=given, **UNFILTERED)
     plan = make_gpu_plan(asked, H100)
     assert plan.hopper_backward.low_offset == plan.backward["records"]
-    assert check_dense(plan, tokens, vocab, dim) == 1
+    assert check_dense(plan, plan.dense, tokens, vocab, dim) == 1
+    assert check_dense(plan, plan.dense_both, tokens, vocab, dim) == 1
 
 
 @pytest.mark.parametrize("given", [300_000, 2**20, 2**21, 2**24, 2**26, None, 2**28, 2**31])
@@ -480,12 +489,18 @@ def test_dense_chunks_fit_and_are_no_worse_than_the_largest(vocab, given, option
                 cut = plan.hopper_backward
                 assert cut is None or cut.chunk_blocks(plan.tiles) == 0
                 continue
-            chunks = check_dense(plan, tokens, vocab, dim)
+            assert plan.dense.waiting == 0
+            chunks = check_dense(plan, plan.dense, tokens, vocab, dim)
             most = plan.hopper_backward.chunk_blocks(plan.tiles)
             # No more than half as many again as there must be.
             assert chunks <= 1.5 * -(-vocab // (128 * most)) + 1
             sizes = tokens, vocab, dim, H100.processors
-            assert chunks_cost(*sizes, plan.dense.columns // 128) <= chunks_cost(*sizes, most)
+            cost = chunks_cost(*sizes, plan.dense.columns // 128)
+            assert cost <= chunks_cost(*sizes, most)
+            if plan.dense_both is not None:
+                assert plan.hopper_backward.together
+                check_dense(plan, plan.dense_both, tokens, vocab, dim)
+                assert chunks_cost(*sizes, plan.dense_both.columns // 128) <= cost
 
 
 def test_dense_products_are_for_all_columns_without_bias_and_smoothing():

@@ -289,7 +289,12 @@ def test_recorded_backward_on_hopper(library, monkeypatch, name):
     assert {"map_rows", "row_factors"} <= alone
     assert not alone & {"backward", "order_columns", "dlogits"}
     dense = [kernel for kernel, *_ in recorded if kernel.startswith("dense_")]
-    assert dense == ["dense_dlogits", "dense_gradients"] * chunks
+    # Sums that wait where the last rows of dC will be are taken up before these are written; with
+    # them chunks are larger than where dE is formed alone.
+    waits = name == "dense chunks"
+    assert waits == (plan.dense_both is not None and plan.dense_both.waiting > 0)
+    each = ["dense_dlogits", "dense_gradients"]
+    assert dense == (each * 3 + each[1:] if waits else each * chunks)
 
 
 DENSE = {"dense": "ec", "dense chunks": "ec", "dense dc": "c", "one side": "c", "other side": "e"}
@@ -310,37 +315,48 @@ def test_the_backward_knows_whether_dense_products_came_before(library, name, wa
     # Formed twice, then made again with other addresses.
     for first in (2**40, 2**45, 2**46):
         call(Memory(first), described, options, wanted=wanted, **extra)
-        chunks = []
+        launches = []
         for function, sizes, *_, arguments, how in library.take():
             kernel = library.names[function]
             if kernel.startswith("dense_"):
                 assert (sizes[:3], how) == ([plan.dense.blocks, 1, 1], None)
-                chunks.append((kernel, arguments))
+                launches.append((kernel, arguments))
             elif kernel == "backward":
                 last = read(HOPPER_BACKWARD, arguments[1])
                 low, de, dc, dense_rows = last[-12], last[-7], last[-6], last[-1]
                 formed = "e" * bool(de) + "c" * bool(dc)
-                expected = ON_HOPPER[name][2] if set(formed) & set(DENSE.get(name, "")) else 0
-                assert len(chunks) == 2 * expected
-                assert dense_rows == (rows if chunks else -1)
+                both = formed == "ec"
+                cut = plan.dense_both if both else plan.dense
+                is_dense = bool(set(formed) & set(DENSE.get(name, "")))
+                assert bool(launches) == is_dense
+                assert dense_rows == (rows if is_dense else -1)
                 at = 0
-                for (one, dz), (two, gradients) in zip(chunks[::2], chunks[1::2], strict=True):
+                while launches:
+                    (one, dz), (two, gradients) = launches[:2]
                     assert (one, two) == ("dense_dlogits", "dense_gradients")
                     *given, largest, into, pitch = read(DENSE_DLOGITS, dz[2])
-                    columns = min(plan.dense.columns, vocab - at)
+                    columns = min(cut.columns, vocab - at)
                     assert tuple(given[8:12]) == (rows, dim, at, columns)
-                    assert pitch == plan.dense.columns
-                    found = read(DENSE_GRADIENTS, gradients[1])
-                    assert found[1:6] == (rows, dim, at, columns, vocab)
-                    assert found[-4:] == (largest, low, de, dc)
+                    assert pitch == cut.columns
                     # The matrix that one writes is the one that the other copies boxes of.
                     assert b"matrix at %x." % into in gradients[0][:128]
                     assert gradients[0][256:] == dz[1]
+                    waits = dc + 2 * dim * (vocab - cut.waiting) if cut.waiting else 0
+                    apart = bool(cut.waiting) and at + columns == vocab
+                    sides = [(de, 0), (0, dc)] if apart else [(de, dc)]
+                    for (kernel, arguments), side in zip(launches[1:], sides, strict=False):
+                        assert kernel == "dense_gradients"
+                        assert arguments[0] == gradients[0]
+                        found = read(DENSE_GRADIENTS, arguments[1])
+                        assert found[1:6] == (rows, dim, at, columns, vocab)
+                        assert found[-6:-3] == (largest, waits, cut.waiting)
+                        assert found[-3:] == (into + cut.low_offset, *side)
+                        assert both or found[-3] == low
+                    launches = launches[1 + len(sides) :]
                     at += columns
-                assert at == (vocab if chunks else 0)
+                assert at == (vocab if is_dense else 0)
                 seen.update(formed)
-                chunks = []
-        assert chunks == []
+        assert launches == []
     assert seen == {side for side in "ec" if getattr(wanted, side)}
 
 

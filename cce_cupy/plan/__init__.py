@@ -4,6 +4,7 @@ Pure arithmetic: no array is touched and no GPU is needed to make or to test a p
 """
 
 from ..problem import Problem
+from .dense import DenseCut
 from .gpu import GpuDevice, GpuPlan, Room, make_gpu_plan, saved_room
 from .hopper import ORDER_THREADS, TILE_COLUMNS, HopperBackward, HopperForward, HopperPass
 from .host import Plan, bit_words, make_plan
@@ -29,6 +30,7 @@ __all__ = [
     "ORDER_THREADS",
     "ROW_TILE",
     "TILE_COLUMNS",
+    "DenseCut",
     "GpuDevice",
     "GpuPlan",
     "HopperBackward",

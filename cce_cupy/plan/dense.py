@@ -29,16 +29,33 @@ class DenseCut(NamedTuple):
         Of the grids.
     unit_tiles, group : int
         The order of work of dz, as of the forward.
+    waiting : int
+        Rows of unfinished sums of dE whose low halves wait in the last rows of dC, which the last
+        chunk writes when it is done with dE.
+    low_offset : int
+        Where those of the other rows start, in bytes from the first record.
     """
 
     columns: int
     blocks: int
     unit_tiles: int
     group: int
+    waiting: int
+    low_offset: int
+
+    def chunks(self, vocab: int) -> range:
+        """Return the first column of each chunk."""
+        return range(0, vocab, self.columns)
 
 
-def plan_dense(
-    tokens: int, vocab: int, dim: int, itemsize: int, processors: int, most_blocks: int
+def plan_dense_side(
+    tokens: int,
+    vocab: int,
+    dim: int,
+    itemsize: int,
+    processors: int,
+    most_blocks: int,
+    low_offset: int,
 ) -> DenseCut | None:
     """Cut the vocabulary into chunks of which the last round of work is as full as the others.
 
@@ -52,29 +69,98 @@ def plan_dense(
         Multiprocessors of the device.
     most_blocks : int
         Blocks of 128 columns whose dz there is room for.
+    low_offset : int
+        Where there is room for low halves of unfinished sums, in bytes from the first record.
 
     Returns
     -------
     DenseCut or None
         None where there is no room for a block.
     """
-    clusters, blocks = processors // _CLUSTER, -(-vocab // ORDER_BLOCK)
-    if most_blocks < 1 or clusters < 1:
+    if most_blocks < 1 or processors < _CLUSTER:
         return None
-    row_pairs = -(-tokens // (_CLUSTER * ROW_TILE))
+    chunk_blocks = min(
+        _candidates(vocab, most_blocks),
+        key=lambda n: chunks_cost(tokens, vocab, dim, processors, n),
+    )
+    return _cut(tokens, vocab, dim, itemsize, processors, chunk_blocks, 0, low_offset)
+
+
+def plan_dense_both(
+    tokens: int, vocab: int, dim: int, itemsize: int, processors: int, room: int
+) -> DenseCut | None:
+    """Cut it where both gradients are formed: sums of dE then wait where dC comes last.
+
+    Parameters
+    ----------
+    tokens, vocab, dim : int
+        Sizes of the problem.
+    itemsize : int
+        Bytes of an element.
+    processors : int
+        Multiprocessors of the device.
+    room : int
+        Bytes for dz of a chunk and for low halves that do not fit into the last rows of dC.
+
+    Returns
+    -------
+    DenseCut or None
+        None where there is no room for a block.
+    """
+
+    def waiting_rows(chunk_blocks: int) -> int:
+        columns = chunk_blocks * ORDER_BLOCK
+        last = vocab - (vocab - 1) // columns * columns
+        return 0 if last == vocab else min(tokens, last)
+
+    def fits(chunk_blocks: int) -> bool:
+        dz = itemsize * tokens * chunk_blocks * ORDER_BLOCK
+        if chunk_blocks * ORDER_BLOCK >= vocab:
+            return dz <= room
+        return dz + 2 * dim * (tokens - waiting_rows(chunk_blocks)) <= room
+
+    most_blocks = room // (itemsize * tokens * ORDER_BLOCK)
+    if most_blocks < 1 or processors < _CLUSTER:
+        return None
+    candidates = [n for n in _candidates(vocab, most_blocks) if fits(n)]
+    if not candidates:
+        return None
+    chunk_blocks = min(candidates, key=lambda n: chunks_cost(tokens, vocab, dim, processors, n))
+    dz = itemsize * tokens * chunk_blocks * ORDER_BLOCK
+    return _cut(
+        tokens, vocab, dim, itemsize, processors, chunk_blocks, waiting_rows(chunk_blocks), dz
+    )
+
+
+def _candidates(vocab: int, most_blocks: int) -> list[int]:
+    """Return sizes of chunks, in blocks: of as few as there can be, up to half as many again."""
+    blocks = -(-vocab // ORDER_BLOCK)
     least = -(-blocks // most_blocks)
     # Beside records that hold all columns there is no room for unfinished sums.
     most = 1 if least == 1 else min(least + least // 2 + 1, blocks)
-    candidates = {-(-blocks // n) for n in range(least, most + 1)}
-    chunk_blocks = min(
-        sorted(candidates), key=lambda n: chunks_cost(tokens, vocab, dim, processors, n)
-    )
+    return sorted({-(-blocks // n) for n in range(least, most + 1)})
+
+
+def _cut(
+    tokens: int,
+    vocab: int,
+    dim: int,
+    itemsize: int,
+    processors: int,
+    chunk_blocks: int,
+    waiting: int,
+    low_offset: int,
+) -> DenseCut:
+    """Return chunks of so many blocks, and the order of their work."""
+    clusters, row_pairs = processors // _CLUSTER, -(-tokens // (_CLUSTER * ROW_TILE))
     tiles = -(-min(chunk_blocks * ORDER_BLOCK, vocab) // TILE_COLUMNS)
     return DenseCut(
         columns=chunk_blocks * ORDER_BLOCK,
         blocks=_CLUSTER * clusters,
         unit_tiles=cut_units(row_pairs, tiles, clusters),
         group=group_rows(row_pairs, _CLUSTER * ROW_TILE * dim * itemsize),
+        waiting=waiting,
+        low_offset=low_offset,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..problem import Problem
-from .dense import DenseCut, plan_dense
+from .dense import DenseCut, plan_dense_both, plan_dense_side
 from .hopper import (
     ORDER_BLOCK,
     HopperBackward,
@@ -67,9 +67,9 @@ class GpuPlan:
     hopper_backward : HopperBackward or None
         How the backward of ``"sm90"`` is cut; None where it is portable: as the forward, and where
         the workspace is too small for it.
-    dense : DenseCut or None
-        How it is cut where every column is kept and every token counts; None where nothing is
-        gained by that.
+    dense, dense_both : DenseCut or None
+        How it is cut where every column is kept and every token counts, for one gradient and for
+        both in one pass; None where nothing is gained by that.
     capacity : int
         Rows there is room for: all tokens, ignored ones included, since how many count is known
         on the device only.
@@ -99,6 +99,7 @@ class GpuPlan:
     hopper: HopperForward | None
     hopper_backward: HopperBackward | None
     dense: DenseCut | None
+    dense_both: DenseCut | None
     capacity: int
     tiles: int
     segments: int
@@ -137,17 +138,31 @@ class GpuPlan:
                 for sweep in self.sweeps
                 for part in cut.passes(self.tiles, alone=not sweep.c, filtered=sweep.filtered)
             )
-            return sum(1 + len(self.dense_chunks(*found)) for found in passes)
+            return sum(1 + self._most_chunks(*found) for found in passes)
         return -(-self.words * COLUMN_CHUNK // self.range_columns) * -(
             -self.tiles // self.part_tiles
         )
 
-    def dense_chunks(self, sweep: Sweep, part: HopperPass) -> range:
-        """Return the first columns of the chunks of dense products that come before a pass."""
-        cut, dense = self.hopper_backward, self.dense
-        if cut is None or dense is None or sweep.filtered or part.tiles < self.tiles:
-            return range(0)
-        return range(0, cut.natural_blocks * ORDER_BLOCK, dense.columns)
+    def dense_cut(self, sweep: Sweep, part: HopperPass, *, both: bool) -> DenseCut | None:
+        """Return how dense products that come before a pass are cut, if any do.
+
+        Parameters
+        ----------
+        sweep : Sweep
+        part : HopperPass
+        both : bool
+            Whether it forms both gradients.
+        """
+        if self.hopper_backward is None or sweep.filtered or part.tiles < self.tiles:
+            return None
+        return self.dense_both if both else self.dense
+
+    def _most_chunks(self, sweep: Sweep, part: HopperPass) -> int:
+        """Return the chunks of dense products before a pass, whatever it forms."""
+        assert self.hopper_backward is not None
+        columns = self.hopper_backward.natural_blocks * ORDER_BLOCK
+        cuts = (self.dense_cut(sweep, part, both=both) for both in (False, True))
+        return max(0 if cut is None else len(cut.chunks(columns)) for cut in cuts)
 
 
 class GpuDevice(NamedTuple):
@@ -239,20 +254,22 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
             **hopper_backward.room,
         }
     sweeps = choose_sweeps(chosen, together=together)
-    dense = None
+    dense = dense_both = None
     # A shift leaves tokens that do not count.
     if hopper_backward is not None and not (smooths or problem.has_bias or problem.shift):
         most = hopper_backward.chunk_blocks(tiles)
         if not all(sweep.filtered for sweep in sweeps):
-            dense = plan_dense(
-                problem.tokens, vocab, dim, ITEMSIZE[problem.dtype], device.processors, most
-            )
+            sizes = problem.tokens, vocab, dim, ITEMSIZE[problem.dtype], device.processors
+            dense = plan_dense_side(*sizes, most, hopper_backward.low_offset)
+            if together:
+                dense_both = plan_dense_both(*sizes, hopper_backward.record_bytes)
     return GpuPlan(
         tier="portable" if hopper is None else "sm90",
         tier_reason=refusal or "",
         hopper=hopper,
         hopper_backward=hopper_backward,
         dense=dense,
+        dense_both=dense_both,
         capacity=rows,
         tiles=tiles,
         segments=segments,

@@ -204,6 +204,11 @@ class HopperBackward:
     scratch: tuple[int, ...]
     room: dict[str, int]
 
+    @property
+    def record_bytes(self) -> int:
+        """Room for records and unfinished sums."""
+        return self.pairs_in_one * _RECORD_BYTES
+
     def passes(self, tiles: int, *, alone: bool, filtered: bool) -> Iterator[HopperPass]:
         """Cut a sweep into launches.
 

@@ -19,7 +19,11 @@ struct DenseGradientArguments {
   int64 vocab;
   double scale;           // of the logits
   const uint32* largest;  // of the rows' factors, as an integer
-  unsigned short* low;    // (tokens, D): low halves of unfinished sums; the high ones wait in de
+  // Low halves of unfinished sums, (tokens, D): those of the first rows wait in rows of dC that come last,
+  // the others in the workspace; the high ones in de.
+  unsigned short* waiting;
+  int64 waiting_rows;
+  unsigned short* low;
   Storage* de;            // or null, as dc
   Storage* dc;
 };
@@ -153,7 +157,8 @@ __device__ __forceinline__ void form_items(DenseShared& shared, const DenseGradi
     for (int half = 0; half < 2; ++half) {
       const int64 number = item.place + own + 8 * half;
       row[half] = number < call.tokens ? call.de + number * call.dim : nullptr;
-      low[half] = call.low + number * call.dim;
+      low[half] = number < call.waiting_rows ? call.waiting + number * call.dim
+                                             : call.low + (number - call.waiting_rows) * call.dim;
     }
     float sums[kSumsOf<kWidth>] = {};
     // Sums go on from where the chunk before left them.
