@@ -66,8 +66,8 @@ __device__ __forceinline__ void copy_logits(Shared& shared, const TensorMap& e_m
   constexpr int kColumnsOfThread = kPairs / kRowStep, kRowsOfThread = kRowTile / kRowStep;
   const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
   const int steps = (dim + kTileK - 1) / kTileK;
-  // While facts are looked up products have full stages to go on with, and some more before their end.
-  const int steps_before = steps > 2 * kStages ? steps - kStages : steps;
+  // Facts are looked up where the stages are full, and the products are at the end of the item before.
+  const int steps_before = min(steps, kStages);
   const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
   const uint32 in_tile = word_place(first, word);
   KeptAddresses kept;
