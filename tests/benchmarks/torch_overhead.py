@@ -35,11 +35,13 @@ def runs(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor) -> Iterator[tu
     ours = cce_cupy.linear_cross_entropy
     leaves = [array.detach().clone().requires_grad_() for array in (e, c)]
 
-    def backward(loss: Callable[..., torch.Tensor]) -> Run:
+    def backward(loss: Callable[..., torch.Tensor], *, own_thread: bool = True) -> Run:
         def run() -> None:
             for leaf in leaves:
                 leaf.grad = None
-            loss(*leaves, targets).backward()
+            # The engine hands a backward on a GPU to a thread of its own, unless it is told not to.
+            with torch.autograd.set_multithreading_enabled(own_thread):
+                loss(*leaves, targets).backward()
 
         return run
 
@@ -49,12 +51,14 @@ def runs(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor) -> Iterator[tu
     yield "forward", lambda: ours(e, c, targets)
     yield "forward, differentiable", lambda: ours(*leaves, targets)
     yield "forward + backward", backward(ours)
+    yield "forward + backward in one thread", backward(ours, own_thread=False)
     yield (
         "forward + backward, no filter",
         backward(lambda *given: ours(*given, gradient_filter=None)),
     )
     yield "value and grad", lambda: cce_cupy.linear_cross_entropy_value_and_grad(e, c, targets)
     yield "torch's from logits, forward + backward", backward(full)
+    yield "torch's from logits, in one thread", backward(full, own_thread=False)
     compiled = torch.compile(ours, fullgraph=True)
     yield "compiled, forward + backward", backward(compiled)
 
