@@ -3,6 +3,7 @@
 
 #include "bias.cuh"
 #include "dlogits.cuh"
+#include "gathers.cuh"
 #include "products.cuh"
 
 using namespace cce;

@@ -241,7 +241,7 @@ __device__ __forceinline__ uint32 find_probabilities(float (&z)[kLogits],
       float p = power_of_two(fmaf(held, kLog2E, -(side == 0 ? lse.x : lse.y)));
       if (!kPlain && own.removed) p = 0.0f;
       largest = max(largest, __float_as_uint(p));
-      if (kPlain || !capped) held = p;
+      if (!capped) held = p;
     }
   }
   target_of_any = found;
