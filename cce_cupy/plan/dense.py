@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from .hopper import ORDER_BLOCK, TILE_COLUMNS, cut_units, group_rows
@@ -48,18 +49,10 @@ class DenseCut(NamedTuple):
         return range(0, vocab, self.columns)
 
 
-def plan_dense_side(
-    tokens: int,
-    vocab: int,
-    dim: int,
-    itemsize: int,
-    processors: int,
-    most_blocks: int,
-    low_offset: int,
-) -> DenseCut | None:
-    """Cut the vocabulary into chunks of which the last round of work is as full as the others.
+class DenseSizes(NamedTuple):
+    """What dense products are of.
 
-    Parameters
+    Attributes
     ----------
     tokens, vocab, dim : int
         Sizes of the problem.
@@ -67,6 +60,21 @@ def plan_dense_side(
         Bytes of an element.
     processors : int
         Multiprocessors of the device.
+    """
+
+    tokens: int
+    vocab: int
+    dim: int
+    itemsize: int
+    processors: int
+
+
+def plan_dense_side(sizes: DenseSizes, most_blocks: int, low_offset: int) -> DenseCut | None:
+    """Cut the vocabulary into chunks of which the last round of work is as full as the others.
+
+    Parameters
+    ----------
+    sizes : DenseSizes
     most_blocks : int
         Blocks of 128 columns whose dz there is room for.
     low_offset : int
@@ -77,28 +85,15 @@ def plan_dense_side(
     DenseCut or None
         None where there is no room for a block.
     """
-    if most_blocks < 1 or processors < _CLUSTER:
-        return None
-    chunk_blocks = min(
-        _candidates(vocab, most_blocks),
-        key=lambda n: chunks_cost(tokens, vocab, dim, processors, n),
-    )
-    return _cut(tokens, vocab, dim, itemsize, processors, chunk_blocks, 0, low_offset)
+    return _cut(sizes, _candidates(sizes, most_blocks), lambda blocks: (0, low_offset))
 
 
-def plan_dense_both(
-    tokens: int, vocab: int, dim: int, itemsize: int, processors: int, room: int
-) -> DenseCut | None:
+def plan_dense_both(sizes: DenseSizes, room: int) -> DenseCut | None:
     """Cut it where both gradients are formed: sums of dE then wait where dC comes last.
 
     Parameters
     ----------
-    tokens, vocab, dim : int
-        Sizes of the problem.
-    itemsize : int
-        Bytes of an element.
-    processors : int
-        Multiprocessors of the device.
+    sizes : DenseSizes
     room : int
         Bytes for dz of a chunk and for low halves that do not fit into the last rows of dC.
 
@@ -107,34 +102,27 @@ def plan_dense_both(
     DenseCut or None
         None where there is no room for a block.
     """
+    tokens, vocab = sizes.tokens, sizes.vocab
+    block_bytes = sizes.itemsize * tokens * ORDER_BLOCK
 
-    def waiting_rows(chunk_blocks: int) -> int:
+    def waits(chunk_blocks: int) -> tuple[int, int]:
         columns = chunk_blocks * ORDER_BLOCK
         last = vocab - (vocab - 1) // columns * columns
-        return 0 if last == vocab else min(tokens, last)
+        return 0 if last == vocab else min(tokens, last), chunk_blocks * block_bytes
 
     def fits(chunk_blocks: int) -> bool:
-        dz = itemsize * tokens * chunk_blocks * ORDER_BLOCK
-        if chunk_blocks * ORDER_BLOCK >= vocab:
-            return dz <= room
-        return dz + 2 * dim * (tokens - waiting_rows(chunk_blocks)) <= room
+        waiting, dz = waits(chunk_blocks)
+        in_one = chunk_blocks * ORDER_BLOCK >= vocab
+        return dz + (0 if in_one else 2 * sizes.dim * (tokens - waiting)) <= room
 
-    most_blocks = room // (itemsize * tokens * ORDER_BLOCK)
-    if most_blocks < 1 or processors < _CLUSTER:
-        return None
-    candidates = [n for n in _candidates(vocab, most_blocks) if fits(n)]
-    if not candidates:
-        return None
-    chunk_blocks = min(candidates, key=lambda n: chunks_cost(tokens, vocab, dim, processors, n))
-    dz = itemsize * tokens * chunk_blocks * ORDER_BLOCK
-    return _cut(
-        tokens, vocab, dim, itemsize, processors, chunk_blocks, waiting_rows(chunk_blocks), dz
-    )
+    return _cut(sizes, list(filter(fits, _candidates(sizes, room // block_bytes))), waits)
 
 
-def _candidates(vocab: int, most_blocks: int) -> list[int]:
+def _candidates(sizes: DenseSizes, most_blocks: int) -> list[int]:
     """Return sizes of chunks, in blocks: of as few as there can be, up to half as many again."""
-    blocks = -(-vocab // ORDER_BLOCK)
+    if most_blocks < 1 or sizes.processors < _CLUSTER:
+        return []
+    blocks = -(-sizes.vocab // ORDER_BLOCK)
     least = -(-blocks // most_blocks)
     # Beside records that hold all columns there is no room for unfinished sums.
     most = 1 if least == 1 else min(least + least // 2 + 1, blocks)
@@ -142,16 +130,14 @@ def _candidates(vocab: int, most_blocks: int) -> list[int]:
 
 
 def _cut(
-    tokens: int,
-    vocab: int,
-    dim: int,
-    itemsize: int,
-    processors: int,
-    chunk_blocks: int,
-    waiting: int,
-    low_offset: int,
-) -> DenseCut:
-    """Return chunks of so many blocks, and the order of their work."""
+    sizes: DenseSizes, candidates: list[int], waits: Callable[[int], tuple[int, int]]
+) -> DenseCut | None:
+    """Return the fastest chunks, and the order of their work; `waits` says what waits where."""
+    if not candidates:
+        return None
+    tokens, vocab, dim, itemsize, processors = sizes
+    chunk_blocks = min(candidates, key=lambda n: chunks_cost(tokens, vocab, dim, processors, n))
+    waiting, low_offset = waits(chunk_blocks)
     clusters, row_pairs = processors // _CLUSTER, -(-tokens // (_CLUSTER * ROW_TILE))
     tiles = -(-min(chunk_blocks * ORDER_BLOCK, vocab) // TILE_COLUMNS)
     return DenseCut(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..problem import Problem
-from .dense import DenseCut, plan_dense_both, plan_dense_side
+from .dense import DenseCut, DenseSizes, plan_dense_both, plan_dense_side
 from .hopper import (
     ORDER_BLOCK,
     HopperBackward,
@@ -259,10 +259,12 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
     if hopper_backward is not None and not (smooths or problem.has_bias or problem.shift):
         most = hopper_backward.chunk_blocks(tiles)
         if not all(sweep.filtered for sweep in sweeps):
-            sizes = problem.tokens, vocab, dim, ITEMSIZE[problem.dtype], device.processors
-            dense = plan_dense_side(*sizes, most, hopper_backward.low_offset)
+            sizes = DenseSizes(
+                problem.tokens, vocab, dim, ITEMSIZE[problem.dtype], device.processors
+            )
+            dense = plan_dense_side(sizes, most, hopper_backward.low_offset)
             if together:
-                dense_both = plan_dense_both(*sizes, hopper_backward.record_bytes)
+                dense_both = plan_dense_both(sizes, hopper_backward.record_bytes)
     return GpuPlan(
         tier="portable" if hopper is None else "sm90",
         tier_reason=refusal or "",
