@@ -107,8 +107,9 @@ class HopperLauncher(Launcher):
         in_columns = problem.filter_c_grad and (wanted.c or wanted.bias)
         counts = sweep.filtered and (sweep.c or not in_columns)
         smoothing = room["smoothing"] if plan.smooths else 0
+        kernel = "backward" if self.plain else "backward_options"
         self.launch(
-            "sm90/backward", "backward", (cut.blocks, 1), (_THREADS, 1), e_map,
+            f"sm90/{kernel}", kernel, (cut.blocks, 1), (_THREADS, 1), e_map,
             *self.e, *self.c, *self.map, inputs.bias, 0 if rank_one else smoothing, problem.dim,
             *self.logit_options, *(self.filter() if sweep.filtered else (0.0, 1.0, False)),
             part.first_tile, part.tiles, *order, room["row_lse"], *self.factors(),

@@ -295,9 +295,7 @@ class Launcher:
         file, name = "forward", cut.kernel
         if statistics:
             file, name = "options", "forward_statistics"
-        elif (
-            plan.smooths or inputs.bias or problem.logit_scale != 1.0 or problem.softcap is not None
-        ):
+        elif not self.plain:
             file, name = "options", "forward_options"
         cluster = 1 if name == "forward_single" else 2
         # Pairs need an even number of blocks.
@@ -374,6 +372,13 @@ class Launcher:
         if sweep.c:
             return (_Part(*t, *c) for c in columns for t in tiles)
         return (_Part(*t, *c) for t in tiles for c in columns)
+
+    @property
+    def plain(self) -> bool:
+        """Whether logits are the products as they are, and no class but the target counts."""
+        problem = self.problem
+        shaped = self.inputs.bias or problem.logit_scale != 1.0 or problem.softcap is not None
+        return not (shaped or self.plan.smooths)
 
     @property
     def rank_one(self) -> bool:

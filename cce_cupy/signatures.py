@@ -113,6 +113,7 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
         "sum_parts": (POINTER, INT32, INT64, POINTER),
     },
     "sm90/backward.cu": {"backward": (TENSOR_MAP, HOPPER_BACKWARD)},
+    "sm90/backward_options.cu": {"backward_options": (TENSOR_MAP, HOPPER_BACKWARD)},
     "sm90/dense_dlogits.cu": {"dense_dlogits": (TENSOR_MAP, TENSOR_MAP, DENSE_DLOGITS)},
     "sm90/dense_gradients.cu": {"dense_gradients": (3 * TENSOR_MAP, DENSE_GRADIENTS)},
 }  # fmt: skip

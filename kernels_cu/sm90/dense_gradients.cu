@@ -145,7 +145,6 @@ __device__ __forceinline__ void form_items(DenseShared& shared, const DenseGradi
   const int items = DenseItem::count(call), embeddings = DenseItem::count_embeddings(call);
   const bool begins = call.first == 0, ends = call.first + call.columns >= call.vocab;
   const float scale = static_cast<float>(call.scale) / record_scale(call.largest);
-  const float none[2] = {};
   const int own = consumer * 64 + thread / 32 * 16 + thread % 32 / 4;
   RingPlace<kStages> place;
   int at = blockIdx.x / kCluster;
@@ -166,7 +165,7 @@ __device__ __forceinline__ void form_items(DenseShared& shared, const DenseGradi
     settle(sums);
     multiply<0>(sums, shared, consumer, item.steps, place);
     if (ends) {
-      store_rows(sums, item.part, dim, scale, nullptr, none, 0.0f, row, q);
+      store_rows(sums, item.part, dim, scale, row, q);
     } else {
       keep_sums(sums, item.part, dim, row, low, q);
     }
@@ -182,7 +181,7 @@ __device__ __forceinline__ void form_items(DenseShared& shared, const DenseGradi
       const int64 number = item.place + own + 8 * half;
       row[half] = number < call.columns ? call.dc + (call.first + number) * call.dim : nullptr;
     }
-    store_rows(sums, item.part, dim, scale, nullptr, none, 0.0f, row, q);
+    store_rows(sums, item.part, dim, scale, row, q);
   }
 }
 

@@ -208,14 +208,12 @@ __device__ __forceinline__ float column_weight(const Filter& filter, uint64 seed
 
 // What is the same for all elements.
 struct LogitForm {
-  bool plain;   // logits are the products as they are
   bool capped;
   float inverse_cap;
   float scale;  // of records
 
   __device__ __forceinline__ explicit LogitForm(const BackwardArguments& call)
-      : plain(is_plain(call.bias, call.options)),
-        capped(call.options.softcap > 0.0),
+      : capped(call.options.softcap > 0.0),
         inverse_cap(capped ? 1.0f / static_cast<float>(call.options.softcap) : 0.0f),
         scale(record_scale(call.largest)) {}
 };
@@ -285,12 +283,12 @@ __device__ __forceinline__ uint32 finish_logits(float (&z)[kLogits], const Share
   const bool passes = weight != 0.0f;
   if (q == 0 && held_column.slot >= 0)
     call.slot[held_column.slot] = passes ? static_cast<int>(own_pair) : -1;
-  const float smoothing =
-      call.smoothing == nullptr || own.column < 0 ? 0.0f : call.smoothing[own.column];
+  const bool smooths = !kPlain && call.smoothing != nullptr;
+  const float smoothing = smooths && own.column >= 0 ? call.smoothing[own.column] : 0.0f;
   const float scaled = weight * form.scale;
   float sum = 0.0f;
   uint4* record = reinterpret_cast<uint4*>(call.dz + own_pair * kRowTile) + q;
-  if (capped || call.smoothing != nullptr || __any_sync(~0u, target_of_any)) {
+  if (capped || smooths || __any_sync(~0u, target_of_any)) {
     store_record(record, own, q, [&](int j) {
       const int row = 8 * j + 2 * q;
       auto dz = [&](int side) {
@@ -300,7 +298,7 @@ __device__ __forceinline__ uint32 finish_logits(float (&z)[kLogits], const Share
           p = own.removed ? 0.0f : power_of_two(fmaf(held, kLog2E, -factors.lse[row + side]));
         float x = p * scaled * factors.softmax[row + side];
         if (own.column == factors.target[row + side]) x -= factors.onehot[row + side] * form.scale;
-        if (call.smoothing != nullptr)
+        if (smooths)
           x -= factors.smoothing[row + side] * smoothing * form.scale;
         if (capped) {
           const float t = held * form.inverse_cap;
@@ -349,6 +347,7 @@ __device__ __forceinline__ uint32 finish_item(float (&z)[kBlocksM][kLogits], con
   return passed;
 }
 
+template <bool kPlain>
 __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArguments& call,
                                              Queue& queue, RingPlace<kStages>& place,
                                              RingPlace<kFactSlots>& facts) {
@@ -380,8 +379,7 @@ __device__ __forceinline__ void form_dlogits(Shared& shared, const BackwardArgum
     const int own = consumer * kBlocksM * 64 + thread / 32 * 16 + thread % 32 / 4;
     wait_for(shared.facts_ring.full[facts.stage], facts.parity);
     const LogitFacts& known = shared.facts[facts.stage];
-    const uint32 passed = form.plain ? finish_item<true>(z, shared, known, call, tile, form, own)
-                                     : finish_item<false>(z, shared, known, call, tile, form, own);
+    const uint32 passed = finish_item<kPlain>(z, shared, known, call, tile, form, own);
     __syncwarp();
     release(shared.facts_ring.empty[facts.stage]);
     if (call.passed != nullptr && thread % 32 == 0)

@@ -60,23 +60,46 @@ __device__ __forceinline__ int element_of(int part, int span, int side, int q) {
   return part * kWidth + 8 * span + 2 * q + side;
 }
 
-// Store rounded sums times `scale`, less what a factor of the row brings of `background`.
+// Store rounded sums times `scale`.
 template <int kSums>
-__device__ __forceinline__ void store_rows(const float (&sums)[kSums], int part, int dim,
-                                           float scale, const float* background,
-                                           const float (&factor)[2], float background_scale,
+__device__ __forceinline__ void store_rows(const float (&sums)[kSums], int part, int dim, float scale,
                                            Storage* const (&row)[2], int q) {
   each_word<kSums>(part, dim, q, [&](int spans, int half, int at, bool there) {
-    auto value = [&](int span, int side) {
-      const float x = sums[gradient_index(span, half, side)] * scale;
-      const int d = element_of(part, span, side, q);
-      if (background == nullptr || d >= dim) return x;
-      return x - factor[half] * background[d] * background_scale;
+    auto pair = [&](int k) {
+      return narrow_pair(sums[gradient_index(spans + k, half, 0)] * scale,
+                         sums[gradient_index(spans + k, half, 1)] * scale);
     };
-    auto pair = [&](int k) { return narrow_pair(value(spans + k, 0), value(spans + k, 1)); };
     const uint4 words = transpose_quad(make_uint4(pair(0), pair(1), pair(2), pair(3)), q);
     if (there && row[half] != nullptr) *reinterpret_cast<uint4*>(row[half] + at) = words;
   });
+}
+
+// Finished sums: of dz's records, less what the rows' factors bring of `background`, where there is any.
+template <bool kPlain, int kSums>
+__device__ __forceinline__ void finish_rows(float (&sums)[kSums], const BackwardArguments& call, int part,
+                                            const float* background, const float (&factor)[2],
+                                            Storage* const (&row)[2], int q) {
+  const int dim = static_cast<int>(call.dim);
+  float scale = static_cast<float>(call.options.scale) / record_scale(call.largest);
+  if constexpr (!kPlain) {
+    if (background != nullptr) {
+#pragma unroll
+      for (int span = 0; span < kSums / 4; ++span) {
+        const int d = element_of(part, span, 0, q);
+        if (d >= dim) continue;
+        const float2 brought = *reinterpret_cast<const float2*>(background + d);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float by = factor[half] * static_cast<float>(call.options.scale);
+          float* own = &sums[gradient_index(span, half, 0)];
+          own[0] = own[0] * scale - by * brought.x;
+          own[1] = own[1] * scale - by * brought.y;
+        }
+      }
+      scale = 1.0f;
+    }
+  }
+  store_rows(sums, part, dim, scale, row, q);
 }
 
 constexpr uint32 kUpperHalves = 0x7632, kLowerHalves = 0x5410;  // of two words, selected into one

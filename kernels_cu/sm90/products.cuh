@@ -8,7 +8,7 @@
 
 namespace cce {
 
-template <int kColumns>
+template <bool kPlain, int kColumns>
 __device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArguments& call,
                                                const Chunk& chunk, const GradientItem& item,
                                                int64 count, bool first, bool last,
@@ -64,15 +64,13 @@ __device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArg
   for (int half = 0; half < 2; ++half) {
     const int64 at = (call.first_tile + item.place) * kRowTile + consumer * 64 + thread / 32 * 16 +
                      thread % 32 / 4 + 8 * half;
-    if (call.smoothing_classifier != nullptr && at < count)
+    if (!kPlain && call.smoothing_classifier != nullptr && at < count)
       smoothing[half] = call.factors.smoothing[at];
   }
-  const float scale = static_cast<float>(call.options.scale);
-  store_rows(sums, item.part, dim, scale / record_scale(call.largest), call.smoothing_classifier,
-             smoothing, scale, row, q);
+  finish_rows<kPlain>(sums, call, item.part, call.smoothing_classifier, smoothing, row, q);
 }
 
-template <int kColumns>
+template <bool kPlain, int kColumns>
 __device__ __forceinline__ void form_classifier(Shared& shared, const BackwardArguments& call, const Chunk& chunk,
                                                 const GradientItem& item, int row_tiles,
                                                 RingPlace<kStages>& place) {
@@ -104,7 +102,7 @@ __device__ __forceinline__ void form_classifier(Shared& shared, const BackwardAr
   product_wait<0>();
   settle(sums);
   if (held >= 0) release(shared.ring.empty[held]);
-  const int q = thread % 4, dim = static_cast<int>(call.dim);
+  const int q = thread % 4;
   Storage* row[2];
   float smoothing[2] = {};
 #pragma unroll
@@ -112,14 +110,13 @@ __device__ __forceinline__ void form_classifier(Shared& shared, const BackwardAr
     const int at = block * kOrderBlock + consumer * 64 + thread / 32 * 16 + thread % 32 / 4 + 8 * half;
     const int column = call.order.column_at(at);
     row[half] = column >= 0 ? call.dc + column * call.dim : nullptr;
-    if (call.smoothing_embedding != nullptr && column >= 0)
+    if (!kPlain && call.smoothing_embedding != nullptr && column >= 0)
       smoothing[half] = call.smoothing_class[column];
   }
-  const float scale = static_cast<float>(call.options.scale);
-  store_rows(sums, item.part, dim, scale / record_scale(call.largest), call.smoothing_embedding,
-             smoothing, scale, row, q);
+  finish_rows<kPlain>(sums, call, item.part, call.smoothing_embedding, smoothing, row, q);
 }
 
+template <bool kPlain>
 __device__ __forceinline__ void form_gradients(Shared& shared, const BackwardArguments& call,
                                                const Chunk& chunk, int row_tiles, int64 count,
                                                bool first, bool last, Queue& queue,
@@ -132,17 +129,17 @@ __device__ __forceinline__ void form_gradients(Shared& shared, const BackwardArg
   for (; at != Queue::kNoItem && at < embeddings; at = queue.receive(shared)) {
     const GradientItem item(call, row_tiles, parts, at);
     if (dim - item.part * kWidth > kNarrow) {
-      form_embedding<kWidth>(shared, call, chunk, item, count, first, last, place);
+      form_embedding<kPlain, kWidth>(shared, call, chunk, item, count, first, last, place);
     } else {
-      form_embedding<kNarrow>(shared, call, chunk, item, count, first, last, place);
+      form_embedding<kPlain, kNarrow>(shared, call, chunk, item, count, first, last, place);
     }
   }
   for (; at != Queue::kNoItem; at = queue.receive(shared)) {
     const GradientItem item(call, row_tiles, parts, at);
     if (dim - item.part * kWidth > kNarrow) {
-      form_classifier<kWidth>(shared, call, chunk, item, row_tiles, place);
+      form_classifier<kPlain, kWidth>(shared, call, chunk, item, row_tiles, place);
     } else {
-      form_classifier<kNarrow>(shared, call, chunk, item, row_tiles, place);
+      form_classifier<kPlain, kNarrow>(shared, call, chunk, item, row_tiles, place);
     }
   }
   queue.finish(limit);
