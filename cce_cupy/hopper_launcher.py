@@ -26,8 +26,11 @@ _THREADS = 384
 _BOX = 64
 """kTileK of kernels_cu/sm90/operand.cuh: rows and columns of the boxes that are copied."""
 
-_LARGEST = 8
-"""Bytes of the largest factor, which stands before the counters of the passes."""
+_TAKEN = 4
+"""Bytes of the largest factor; behind it stands whether an attempt took on both gradients."""
+
+_HEAD = 8
+"""Bytes of the two, which stand before the counters of the passes."""
 
 
 class HopperLauncher(Launcher):
@@ -54,7 +57,11 @@ class HopperLauncher(Launcher):
                         room[f"smoothing_{name}"], plan.smoothing_parts, problem.dim,
                         room[f"{name}_total"],
                     )  # fmt: skip
-        counters = room["counters"] + _LARGEST
+        counters = room["counters"] + _HEAD
+        if cut.attempts and wanted.e and wanted.c:
+            both = Sweep(e=True, c=True, filtered=True)
+            self._pass(cut, both, HopperPass(0, plan.tiles, 0), counters, outputs, attempt=True)
+            counters += cut.counters[-1]
         for sweep in needed_sweeps(plan.sweeps, wanted):
             for part in cut.passes(plan.tiles, alone=not sweep.c, filtered=sweep.filtered):
                 self._pass(cut, sweep, part, counters, outputs)
@@ -67,6 +74,8 @@ class HopperLauncher(Launcher):
         part: HopperPass,
         counters: int,
         outputs: BackwardOutputs,
+        *,
+        attempt: bool = False,
     ) -> None:
         """Order the columns that a pass keeps, and work through them."""
         problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
@@ -82,16 +91,15 @@ class HopperLauncher(Launcher):
         ordered, queue, arrived, active, any_column, ready = (
             counters + at for at in cut.counters[:-1]
         )
-        rank_one, wanted = self.rank_one, outputs.wanted
+        rank_one, wanted, taken = self.rank_one, outputs.wanted, room["counters"] + _TAKEN
         wants_e, wants_c = sweep.e and wanted.e, sweep.c and wanted.c
         if sweep.filtered:
-            # Rows of dC that are zeros in the end have room for unfinished sums of dE.
-            may_wait_in_dc = wants_e and wants_c and not plan.smooths
+            may_wait_in_dc = wants_e and wants_c and cut.zeros_in_dc
             self.launch(
                 "sm90/order", "order_columns", (cut.blocks, 1), (ORDER_THREADS, 1), room["count"],
                 part.first_tile, part.tiles, cut.pairs, cut.pairs_in_one, may_wait_in_dc, *order,
                 *(room["records"] + at for at in cut.scratch), active, any_column, ordered,
-                cooperative=True,
+                taken, attempt, cooperative=True,
             )  # fmt: skip
         shape = problem.tokens, problem.dim
         e_map = TensorMap(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, (_BOX, _BOX))
@@ -112,7 +120,7 @@ class HopperLauncher(Launcher):
             f"sm90/{kernel}", kernel, (cut.blocks, 1), (_THREADS, 1), e_map,
             *self.e, *self.c, *self.map, inputs.bias, 0 if rank_one else smoothing, problem.dim,
             *self.logit_options, *(self.filter() if sweep.filtered else (0.0, 1.0, False)),
-            part.first_tile, part.tiles, *order, room["row_lse"], *self.factors(),
+            part.first_tile, part.tiles, taken, attempt, *order, room["row_lse"], *self.factors(),
             room["counters"], *lists, room["records"], cut.pairs_in_one, *passed, ready,
             room["dz_sum"] if with_bias else 0, room["records"] + cut.low_offset,
             smoothing if rank_one else 0,

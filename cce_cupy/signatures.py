@@ -37,10 +37,11 @@ COLUMN_ORDER = KEPT_COLUMNS + "8Piiii0P"
 ORDER_SCRATCH = "9P"
 PAIRS = "5Pi0P3P"  # their lists and records, what is carried, and what has passed
 HOPPER_BACKWARD = (
-    MATRIX + MATRIX + ROW_MAP + "PPq" + LOGIT_OPTIONS + FILTER + "qq" + COLUMN_ORDER + "P"
+    MATRIX + MATRIX + ROW_MAP + "PPq" + LOGIT_OPTIONS + FILTER + "qqPq" + COLUMN_ORDER + "P"
     + ROW_FACTORS + "P" + PAIRS + "12P" + "q"
 )  # fmt: skip
-"""e, c, map; bias, smoothing, dim; row tiles, order; row_lse, factors; pairs; what is summed."""
+"""e, c, map; bias, smoothing, dim; row tiles, whose work it is, order; row_lse, factors; pairs;
+what is summed."""
 
 DENSE_DLOGITS = MATRIX + ROW_MAP + "4q" + LOGIT_OPTIONS + "iiP" + ROW_FACTORS + "PPq"
 """e, map; tokens, dim, columns; options, order of work; row_lse, factors, largest; dz."""
@@ -106,6 +107,7 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
     "sm90/order.cu": {
         "order_columns": (
             POINTER, INT64, INT32, INT32, INT32, INT32, COLUMN_ORDER, ORDER_SCRATCH, POINTER,
+            POINTER, INT32,
         ),
     },
     "sm90/factors.cu": {

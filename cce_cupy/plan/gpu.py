@@ -138,7 +138,7 @@ class GpuPlan:
                 for sweep in self.sweeps
                 for part in cut.passes(self.tiles, alone=not sweep.c, filtered=sweep.filtered)
             )
-            return sum(1 + self._most_chunks(*found) for found in passes)
+            return cut.attempts + sum(1 + self._most_chunks(*found) for found in passes)
         return -(-self.words * COLUMN_CHUNK // self.range_columns) * -(
             -self.tiles // self.part_tiles
         )
@@ -238,7 +238,11 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
     hopper_backward = None
     if hopper is not None:
         hopper_backward = plan_hopper_backward(
-            problem, device.processors, together=alike, filtered=chosen.kind is not None
+            problem,
+            device.processors,
+            together=alike,
+            filtered=chosen.kind is not None,
+            zeros_in_dc=not smooths,
         )
     if hopper_backward is None:
         cut = _cut_backward(problem, tiles, together=alike)
@@ -247,7 +251,7 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
     else:
         together, part_tiles, range_columns = hopper_backward.together, 0, 0
         totals = dict.fromkeys(("classifier_total", "embedding_total"), 4 * dim if smooths else 0)
-        passes = 1 + -(-tiles // hopper_backward.row_tiles)
+        passes = hopper_backward.attempts + 1 + -(-tiles // hopper_backward.row_tiles)
         backward |= {
             "counters": 8 + hopper_backward.counters[-1] * passes,
             **totals,

@@ -170,6 +170,11 @@ class HopperBackward:
         Of the grid.
     together : bool
         Whether one pass over all row tiles forms both gradients.
+    zeros_in_dc : bool
+        Whether rows of dC that nobody keeps become zeros, and may hold unfinished sums before.
+    attempts : bool
+        Whether such a pass comes first although it needs these rows: only the device knows
+        whether there are enough, and else leaves the work to the passes that follow.
     row_tiles : int
         Row tiles of a pass that forms dE alone; dC takes all of them.
     natural_blocks, order_blocks : int
@@ -193,6 +198,8 @@ class HopperBackward:
 
     blocks: int
     together: bool
+    zeros_in_dc: bool
+    attempts: bool
     row_tiles: int
     natural_blocks: int
     order_blocks: int
@@ -234,13 +241,13 @@ class HopperBackward:
 
 
 def plan_hopper_backward(
-    problem: Problem, processors: int, *, together: bool, filtered: bool
+    problem: Problem, processors: int, *, together: bool, filtered: bool, zeros_in_dc: bool
 ) -> HopperBackward | None:
     """Cut the backward so that its records, lists and unfinished sums fit into the workspace.
 
     One pass over all row tiles forms both gradients, if the low halves of unfinished dE leave
-    enough of the room. Else dE is formed for some row tiles at a time, and dC in a pass of its
-    own, which computes dz twice.
+    enough of the room, or rows of dC take them. Else dE is formed for some row tiles at a time,
+    and dC in a pass of its own, which computes dz twice.
 
     Parameters
     ----------
@@ -251,6 +258,8 @@ def plan_hopper_backward(
         Whether both gradients may come from one pass: the filter treats them alike.
     filtered : bool
         Whether any pass works on kept columns.
+    zeros_in_dc : bool
+        Whether rows of dC that nobody keeps become zeros.
 
     Returns
     -------
@@ -340,6 +349,12 @@ def plan_hopper_backward(
     return HopperBackward(
         blocks=processors,
         together=together and row_tiles == tiles,
+        zeros_in_dc=zeros_in_dc,
+        attempts=together
+        and row_tiles < tiles
+        and filtered
+        and zeros_in_dc
+        and in_one >= 2 * least,
         row_tiles=row_tiles,
         natural_blocks=natural_blocks,
         order_blocks=order_blocks,

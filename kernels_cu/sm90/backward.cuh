@@ -102,6 +102,8 @@ struct BackwardArguments {
   Filter filter;
   int64 first_tile;  // of the sweep
   int64 tiles;
+  const int* taken;    // 1 once an attempt has taken on both gradients, as the order's kernel says
+  int64 attempt;       // 1 in it, 0 in passes that work if there was none or it did not
   ColumnOrder order;
   const float* row_lse;
   RowFactors factors;

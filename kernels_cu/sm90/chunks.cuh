@@ -13,7 +13,7 @@ namespace cce {
 template <bool kPlain>
 __device__ __forceinline__ void form_all_gradients(const TensorMap& e_map,
                                                    const BackwardArguments& call) {
-  if (*call.map.count == call.dense_rows) return;
+  if (*call.map.count == call.dense_rows || *call.taken != call.attempt) return;
   extern __shared__ unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(
       memory + (alignof(Stage) - shared_address(memory) % alignof(Stage)) % alignof(Stage));

@@ -179,15 +179,17 @@ __device__ __forceinline__ int first_where(int low, int high, int lane, Holds ho
 
 // Cut the vocabulary into chunks of at most `capacity` pairs, lists as whole units; one chunk if
 // `capacity_in_one` holds all, as it does where the two are equal. Where `waiting_rows` columns are nobody's
-// unfinished sums of dE wait in their rows of dC, and chunks may hold as many pairs as one would. One warp.
-__device__ __forceinline__ void cut_chunks(const ColumnOrder& order, const OrderScratch& scratch,
+// unfinished sums of dE wait in their rows of dC, and chunks may hold as many pairs as one would. Where these
+// must be so many, nothing is cut if there are fewer; else return true. One warp.
+__device__ __forceinline__ bool cut_chunks(const ColumnOrder& order, const OrderScratch& scratch,
                                            int row_tiles, int capacity, int capacity_in_one,
-                                           int waiting_rows, int lane) {
+                                           int waiting_rows, bool must_wait, int lane) {
   const int* before = scratch.pairs_before;
   const int all = order.natural_blocks, padding = row_tiles * (kListUnit - 1);
   int chunks = 0, first = 0;
   const bool in_one = capacity == capacity_in_one || before[all] + padding <= capacity_in_one;
   const bool waits = !in_one && waiting_rows > 0 && order.kept.vocab - *scratch.any >= waiting_rows;
+  if (must_wait && !in_one && !waits) return false;
   if (waits) capacity = capacity_in_one;
   while (first < all) {
     if (lane == 0) order.range[chunks] = first;
@@ -203,6 +205,7 @@ __device__ __forceinline__ void cut_chunks(const ColumnOrder& order, const Order
     order.chunk[0] = chunks;
     order.chunk[2] = waits ? waiting_rows : 0;
   }
+  return true;
 }
 
 // The blocks of each chunk, those of most row tiles first: short ones fill the gaps at the end.
@@ -241,11 +244,13 @@ __device__ __forceinline__ void sort_blocks(OrderShared& shared, const ColumnOrd
 
 using namespace cce;
 
-// A cooperative launch; `arrived` and scratch.active are zeros.
+// A cooperative launch; `arrived` and scratch.active are zeros. An attempt is a pass over more row tiles than
+// the workspace has room for unfinished sums of; if rows of dC have, it takes on the work of those that follow.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     order_columns(const int64* count, int64 first_tile, int tiles, int capacity,
                   int capacity_in_one, int may_wait_in_dc, ColumnOrder order, OrderScratch scratch,
-                  int* arrived) {
+                  int* arrived, int* taken, int attempt) {
+  if (attempt == 0 && *taken != 0) return;
   __shared__ OrderShared shared;
   const int lane = threadIdx.x % 32, warp = blockIdx.x * kWarps + threadIdx.x / 32;
   const int row_tiles = count_row_tiles(*count, first_tile, tiles);
@@ -266,9 +271,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     int rows = 0;
     if (may_wait_in_dc != 0)
       rows = static_cast<int>(min(*count, (first_tile + tiles) * kRowTile) - first_tile * kRowTile);
-    cut_chunks(order, scratch, row_tiles, capacity, capacity_in_one, rows, lane);
+    const bool cut = cut_chunks(order, scratch, row_tiles, capacity, capacity_in_one, rows,
+                                attempt != 0, lane);
+    if (attempt != 0 && cut && lane == 0) *taken = 1;
   }
   barrier.wait();
+  if (attempt != 0 && __ldcg(taken) == 0) return;
   int shift = 0;
   while (kSlots << shift < row_tiles) ++shift;
   make_keys(order, scratch, row_tiles, shift, warp, gridDim.x * kWarps, lane);

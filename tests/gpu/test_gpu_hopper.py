@@ -89,6 +89,33 @@ def test_bits_where_unfinished_sums_wait_in_dc(cupy, dtype, kind, ignored):
 
 
 @pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", ["unbiased", "threshold"])
+@pytest.mark.parametrize("share", [0.9, 0.0])
+def test_bits_of_passes_and_of_the_attempt_at_one(cupy, dtype, kind, share):
+    """Whether rows of dC have room for unfinished sums is known on the device only: either way."""
+    case = problem(n=1000, v=12000, d=1024, dtype=dtype, bias=False)
+    case = replace(case, e=2 * case.e)
+    arguments = sent(cupy, case)
+    logits = case.e.astype(np.float64) @ case.c.astype(np.float64).T
+    p = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+    largest = np.stack([p[first : first + 128].max(axis=0) for first in range(0, 1000, 128)])
+    eps = float(np.quantile(largest.max(axis=0), share))
+    # Every column is kept, or by chance more are not than there are tokens.
+    unkept = np.prod(1 - np.minimum(largest / eps, 1), axis=0).sum()
+    assert unkept == 0 if share == 0.0 else unkept > 2000
+    filtering = {"gradient_filter": kind, "filter_eps": eps, "seed": 1}
+    plan = plan_of(case, workspace_bytes=2**21, **filtering)
+    assert plan.hopper_backward.attempts
+    found = set()
+    for size, _ in itertools.product((None, 2**21), range(3)):
+        results = cce_cupy.linear_cross_entropy_value_and_grad(
+            **arguments, **filtering, workspace_bytes=size
+        )
+        found.add(tuple(bits(cupy, results)))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("dtype", HALF)
 def test_passes_over_some_row_tiles(cupy, dtype):
     """Where unfinished sums of dE leave no room, it is formed for some row tiles at a time."""
     case = problem(n=1000, v=5000, d=1024, dtype=dtype)
