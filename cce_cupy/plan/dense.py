@@ -12,6 +12,9 @@ _CLUSTER = 2
 _WIDTH = 256
 """kWidth of kernels_cu/sm90/backward.cuh: elements of D whose gradients are formed at once."""
 
+_NARROW = 128
+"""kNarrow of kernels_cu/sm90/gradients.cuh: where no more are left, products take half the time."""
+
 _UNFINISHED = 512
 """What it costs to take up and leave unfinished sums of dE, in elements of depth."""
 
@@ -166,16 +169,37 @@ def chunks_cost(tokens: int, vocab: int, dim: int, processors: int, chunk_blocks
     parts, row_pairs = -(-dim // _WIDTH), -(-tokens // (_CLUSTER * ROW_TILE))
     columns = min(chunk_blocks * ORDER_BLOCK, vocab)
     chunks = -(-blocks // chunk_blocks)
-    embeddings = row_pairs * parts
-    items = embeddings + -(-chunk_blocks // _CLUSTER) * parts
     each = columns + (_UNFINISHED if chunks > 1 else 0)
-    longest = 0
-    for first in range(min(clusters, items)):
-        mine = -(-(items - first) // clusters)
-        of_e = max(-(-(embeddings - first) // clusters), 0)
-        longest = max(longest, of_e * each + (mine - of_e) * tokens)
+    longest = longest_of_products(
+        clusters,
+        [each] * row_pairs + [tokens] * -(-chunk_blocks // _CLUSTER),
+        [1.0] * (parts - 1) + [0.5 if dim - (parts - 1) * _WIDTH <= _NARROW else 1.0],
+    )
     tiles = -(-columns // TILE_COLUMNS)
     unit_tiles = cut_units(row_pairs, tiles, clusters)
     rounds = -(-row_pairs * -(-tiles // unit_tiles) // clusters)
     logits = rounds * unit_tiles * dim * TILE_COLUMNS / _WIDTH
     return chunks * (longest + logits + _LAUNCHES)
+
+
+def longest_of_products(clusters: int, depths: list[int], parts: list[float]) -> float:
+    """Return the depth that the fullest pair of blocks multiplies over.
+
+    Pairs take items in rounds, and change their places from one to the next, as DenseItem of
+    kernels_cu/sm90/dense_gradients.cu says.
+
+    Parameters
+    ----------
+    clusters : int
+        Pairs of blocks.
+    depths : list of int
+        Of the products: all parts of D of one, then those of the next.
+    parts : list of float
+        How much of a whole one each part of D is.
+    """
+    work = [depth * share for depth in depths for share in parts]
+    taken = [0.0] * clusters
+    for number, first in enumerate(range(0, len(work), clusters)):
+        for place, depth in enumerate(work[first : first + clusters]):
+            taken[(place - number) % clusters] += depth
+    return max(taken)

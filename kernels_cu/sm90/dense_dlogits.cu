@@ -37,43 +37,104 @@ struct DenseShared {
 };
 static_assert(sizeof(DenseShared) + alignof(Stage) <= 231424, "_HOPPER_SHARED_BYTES of compiler.py");
 
+// What is the same for all rows.
+struct DenseForm {
+  float scale;
+  float cap;
+  float inverse_cap;
+
+  __device__ __forceinline__ explicit DenseForm(const LogitOptions& options)
+      : scale(static_cast<float>(options.scale)), cap(static_cast<float>(options.softcap)),
+        inverse_cap(1.0f / cap) {}
+};
+
+// dz of a product: of a row's target where `onehot` is not 0.
+template <bool kPlain>
+__device__ __forceinline__ float dense_dlogit(float product, const DenseForm& form, float lse,
+                                              float softmax, float onehot) {
+  float slope = 1.0f;
+  float logit = product;
+  if (!kPlain) {
+    logit *= form.scale;
+    if (form.cap > 0.0f) {
+      // z * 0 is NaN for an infinity, which tanh would turn into a number.
+      const float t = fast_tangent(logit * form.inverse_cap);
+      logit = fmaf(logit, 0.0f, form.cap * t);
+      slope = 1.0f - t * t;
+    }
+  }
+  const float x = fmaf(power_of_two(fmaf(logit, kLog2E, -lse)), softmax, -onehot);
+  return kPlain ? x : x * slope;
+}
+
 // Write dz of a block of 64 rows.
 template <bool kPlain>
 __device__ __forceinline__ void store_dlogits(const float (&z)[kSums], DenseShared& shared,
                                               const DenseDlogitArguments& call, int m, int left) {
   const int q = threadIdx.x % 4;
-  const float scale = static_cast<float>(call.options.scale);
-  const float cap = static_cast<float>(call.options.softcap), inverse = 1.0f / cap;
+  const DenseForm form(call.options);
+  const int columns = static_cast<int>(call.columns) - left - 8 * q;  // from the thread's first word on
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float lse = shared.lse.at(m, half), softmax = shared.softmax.at(m, half);
-    const float onehot = shared.onehot.at(m, half);
-    // What this thread's column of the first span would have to be.
-    const int target = __float_as_int(shared.target.at(m, half)) - left - 2 * q;
     const int row = shared.row[this_thread()] + 64 * m + 8 * half;
     Storage* const to = call.dz + row * call.pitch + left + 8 * q;
-    auto dz = [&](int span, int side) {
-      float logit = z[SumPlace::index(span, half, side)], slope = 1.0f;
-      if (!kPlain) {
-        logit *= scale;
-        if (cap > 0.0f) {
-          // z * 0 is NaN for an infinity, which tanh would turn into a number.
-          const float t = fast_tangent(logit * inverse);
-          logit = fmaf(logit, 0.0f, cap * t);
-          slope = 1.0f - t * t;
-        }
-      }
-      float x = power_of_two(fmaf(logit, kLog2E, -lse)) * softmax;
-      if (8 * span + side == target) x -= onehot;
-      return kPlain ? x : x * slope;
+    auto pair = [&](int span) {
+      auto dz = [&](int side) {
+        return dense_dlogit<kPlain>(z[SumPlace::index(span, half, side)], form, lse, softmax, 0.0f);
+      };
+      return narrow_pair(dz(0), dz(1));
     };
-    auto pair = [&](int span) { return narrow_pair(dz(span, 0), dz(span, 1)); };
 #pragma unroll
     for (int j = 0; j < kSpans; j += 4) {
       const uint4 words = transpose_quad(make_uint4(pair(j), pair(j + 1), pair(j + 2), pair(j + 3)), q);
-      if (row < call.tokens && left + 8 * (j + q) < call.columns)
+      if (row < call.tokens && 8 * j < columns)
         *reinterpret_cast<uint4*>(to + 8 * j) = words;
     }
+  }
+}
+
+// Few tiles hold a target: theirs are written once more, instead of every element's being compared. Behind
+// the words, which other lanes of the warp may have written.
+template <bool kPlain>
+__device__ __forceinline__ void store_targets(float (&z)[kSums], DenseShared& shared,
+                                              const DenseDlogitArguments& call, int m, int left) {
+  const int q = threadIdx.x % 4;
+  int own[2];  // which of the thread's sums is the target's; -1 for none
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int target = __float_as_int(shared.target.at(m, half)) - left;
+    const bool there = target >= 0 && target < kTileN && target % 8 / 2 == q;
+    own[half] = there ? target / 8 * 2 + target % 2 : -1;
+  }
+  if (__builtin_expect(!__any_sync(~0u, max(own[0], own[1]) >= 0), 1)) return;
+  float product[2] = {};
+#pragma unroll
+  for (int k = 0; k < 2 * kSpans; ++k)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      one_by_one(z[SumPlace::index(k / 2, half, k % 2)]);
+      if (k == own[half]) product[half] = z[SumPlace::index(k / 2, half, k % 2)];
+    }
+  __syncwarp();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (own[half] < 0) continue;
+    const int row = shared.row[this_thread()] + 64 * m + 8 * half;
+    const int column = left + SumPlace::column(q, own[half] / 2, own[half] % 2);
+    call.dz[row * call.pitch + column] =
+        narrow(dense_dlogit<kPlain>(product[half], DenseForm(call.options), shared.lse.at(m, half),
+                                    shared.softmax.at(m, half), shared.onehot.at(m, half)));
+  }
+}
+
+template <bool kPlain>
+__device__ __forceinline__ void store_tile(float (&z)[kBlocksM][kSums], DenseShared& shared,
+                                           const DenseDlogitArguments& call, int left) {
+#pragma unroll
+  for (int m = 0; m < kBlocksM; ++m) {
+    store_dlogits<kPlain>(z[m], shared, call, m, left);
+    store_targets<kPlain>(z[m], shared, call, m, left);
   }
 }
 
@@ -122,11 +183,9 @@ __device__ __forceinline__ void form_tiles(DenseShared& shared, const DenseDlogi
       product_wait<0>();
       release<kCluster>(shared.ring.empty[done]);
       if (is_plain(nullptr, call.options)) {
-        store_dlogits<true>(z[0], shared, call, 0, tile * kTileN);
-        store_dlogits<true>(z[1], shared, call, 1, tile * kTileN);
+        store_tile<true>(z, shared, call, tile * kTileN);
       } else {
-        store_dlogits<false>(z[0], shared, call, 0, tile * kTileN);
-        store_dlogits<false>(z[1], shared, call, 1, tile * kTileN);
+        store_tile<false>(z, shared, call, tile * kTileN);
       }
     }
   }

@@ -43,15 +43,24 @@ static_assert(sizeof(DenseShared) + alignof(DenseShared) <= sizeof(Shared) + ali
 // goes together.
 struct DenseItem {
   bool embedding;
-  int part;   // of D
-  int place;  // of this block's 128 rows, or columns
+  int part;     // of D
+  bool narrow;  // no more than half of it is there
+  int place;    // of this block's 128 rows, or columns
   int steps;
+
+  // The item of a pair of blocks in each round. Pairs change their places from round to round: else the one
+  // would always have what is narrow, where its number and that of the parts have a common divisor.
+  __device__ __forceinline__ static int in_round(int round) {
+    const int pairs = gridDim.x / kCluster, place = blockIdx.x / kCluster + round % pairs;
+    return round * pairs + (place < pairs ? place : place - pairs);
+  }
 
   __device__ __forceinline__ DenseItem(const DenseGradientArguments& call, int at, uint32 rank) {
     const int parts = count_parts(call), embeddings = count_embeddings(call);
     embedding = at < embeddings;
     const int own = embedding ? at : at - embeddings;
     part = own % parts;
+    narrow = call.dim - part * kWidth <= kNarrow;
     place = (own / parts * kCluster + static_cast<int>(rank)) * kRowTile;
     steps = static_cast<int>(((embedding ? call.columns : call.tokens) + kTileK - 1) / kTileK);
   }
@@ -85,23 +94,23 @@ __device__ __forceinline__ void copy_boxes(DenseShared& shared, const DenseMaps&
   prefetch_map(maps.dz);
   prefetch_map(maps.e);
   prefetch_map(maps.c);
-  for (int at = blockIdx.x / kCluster; at < items; at += gridDim.x / kCluster) {
+  for (int round = 0, at; (at = DenseItem::in_round(round)) < items; ++round) {
     const DenseItem item(call, at, rank);
     const TensorMap& other = item.embedding ? maps.c : maps.e;
+    const int boxes = item.narrow ? kNarrow / kTileK : kSpread, share = boxes / kCluster;
     for (int step = 0; step < item.steps; ++step, place.next()) {
       DenseStage& stage = shared.stage[place.stage];
       wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
       const uint32 full = shared_address(&shared.ring.full[place.stage]);
-      mbarrier_expect_bytes(full, sizeof(stage));
+      mbarrier_expect_bytes(full, sizeof(stage.dz) + boxes * sizeof(stage.other[0]));
       const int depth = step * kTileK;
       for (int half = 0; half < 2; ++half) {
         const int along = item.place + half * kTileK;
         copy_box(shared_address(stage.dz[half]), maps.dz, item.embedding ? depth : along,
                  item.embedding ? along : depth, full, kEvictFirst);
       }
-      constexpr int kShare = kSpread / kCluster;
-      for (int i = 0; i < kShare; ++i) {
-        const int part = static_cast<int>(rank) * kShare + i;
+      for (int i = 0; i < share; ++i) {
+        const int part = static_cast<int>(rank) * share + i;
         copy_box_to_blocks(shared_address(stage.other[part]), other,
                            item.part * kWidth + part * kTileK, depth, full, (1 << kCluster) - 1,
                            kEvictLast);
@@ -117,8 +126,8 @@ __device__ __forceinline__ void release_to_all(const uint64& empty) {
 }
 
 // Add the products of an item, whose rows of dz lie across the depth where kAcross is 1.
-template <int kAcross>
-__device__ __forceinline__ void multiply(float (&sums)[kSumsOf<kWidth>], DenseShared& shared, int consumer,
+template <int kAcross, int kSums>
+__device__ __forceinline__ void multiply(float (&sums)[kSums], DenseShared& shared, int consumer,
                                          int steps, RingPlace<kStages>& place) {
   int done = 0;
   for (int step = 0; step < steps; ++step) {
@@ -138,50 +147,82 @@ __device__ __forceinline__ void multiply(float (&sums)[kSumsOf<kWidth>], DenseSh
   release_to_all(shared.ring.empty[done]);
 }
 
+// What sums are multiplied by in the end.
+__device__ __forceinline__ float dense_scale(const DenseGradientArguments& call) {
+  return static_cast<float>(call.scale) / record_scale(call.largest);
+}
+
+// A thread's first row, or column, of an item: the other one is eight further on.
+__device__ __forceinline__ int own_place(const DenseItem& item, int consumer) {
+  const int thread = threadIdx.x % kGroupThreads;
+  return item.place + consumer * 64 + thread / 32 * 16 + thread % 32 / 4;
+}
+
+template <int kColumns>
+__device__ __forceinline__ void form_embedding(DenseShared& shared, const DenseGradientArguments& call,
+                                               const DenseItem& item, int consumer,
+                                               RingPlace<kStages>& place) {
+  const int q = threadIdx.x % 4, dim = static_cast<int>(call.dim), own = own_place(item, consumer);
+  Storage* row[2];
+  unsigned short* low[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64 number = own + 8 * half;
+    row[half] = number < call.tokens ? call.de + number * call.dim : nullptr;
+    low[half] = number < call.waiting_rows ? call.waiting + number * call.dim
+                                           : call.low + (number - call.waiting_rows) * call.dim;
+  }
+  float sums[kSumsOf<kColumns>] = {};
+  // Sums go on from where the chunk before left them.
+  if (call.first > 0) take_kept_sums(sums, item.part, dim, row, low, q);
+  settle(sums);
+  multiply<0>(sums, shared, consumer, item.steps, place);
+  if (call.first + call.columns >= call.vocab) {
+    store_rows(sums, item.part, dim, dense_scale(call), row, q);
+  } else {
+    keep_sums(sums, item.part, dim, row, low, q);
+  }
+}
+
+template <int kColumns>
+__device__ __forceinline__ void form_classifier(DenseShared& shared, const DenseGradientArguments& call,
+                                                const DenseItem& item, int consumer,
+                                                RingPlace<kStages>& place) {
+  float sums[kSumsOf<kColumns>] = {};
+  settle(sums);
+  multiply<1>(sums, shared, consumer, item.steps, place);
+  const int own = own_place(item, consumer);
+  Storage* row[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64 number = own + 8 * half;
+    row[half] = number < call.columns ? call.dc + (call.first + number) * call.dim : nullptr;
+  }
+  store_rows(sums, item.part, static_cast<int>(call.dim), dense_scale(call), row, threadIdx.x % 4);
+}
+
 __device__ __forceinline__ void form_items(DenseShared& shared, const DenseGradientArguments& call,
                                            uint32 rank) {
-  const int consumer = threadIdx.x / kGroupThreads - 1, thread = threadIdx.x % kGroupThreads;
-  const int q = thread % 4, dim = static_cast<int>(call.dim);
+  const int consumer = threadIdx.x / kGroupThreads - 1;
   const int items = DenseItem::count(call), embeddings = DenseItem::count_embeddings(call);
-  const bool begins = call.first == 0, ends = call.first + call.columns >= call.vocab;
-  const float scale = static_cast<float>(call.scale) / record_scale(call.largest);
-  const int own = consumer * 64 + thread / 32 * 16 + thread % 32 / 4;
   RingPlace<kStages> place;
-  int at = blockIdx.x / kCluster;
-  for (; at < min(items, embeddings); at += gridDim.x / kCluster) {
+  int round = 0, at;
+  // All of one kind come first: in one loop the sums of both would be one.
+  for (; (at = DenseItem::in_round(round)) < min(items, embeddings); ++round) {
     const DenseItem item(call, at, rank);
-    Storage* row[2];
-    unsigned short* low[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64 number = item.place + own + 8 * half;
-      row[half] = number < call.tokens ? call.de + number * call.dim : nullptr;
-      low[half] = number < call.waiting_rows ? call.waiting + number * call.dim
-                                             : call.low + (number - call.waiting_rows) * call.dim;
-    }
-    float sums[kSumsOf<kWidth>] = {};
-    // Sums go on from where the chunk before left them.
-    if (!begins) take_kept_sums(sums, item.part, dim, row, low, q);
-    settle(sums);
-    multiply<0>(sums, shared, consumer, item.steps, place);
-    if (ends) {
-      store_rows(sums, item.part, dim, scale, row, q);
+    if (item.narrow) {
+      form_embedding<kNarrow>(shared, call, item, consumer, place);
     } else {
-      keep_sums(sums, item.part, dim, row, low, q);
+      form_embedding<kWidth>(shared, call, item, consumer, place);
     }
   }
-  for (; at < items; at += gridDim.x / kCluster) {
+  for (; (at = DenseItem::in_round(round)) < items; ++round) {
     const DenseItem item(call, at, rank);
-    float sums[kSumsOf<kWidth>] = {};
-    settle(sums);
-    multiply<1>(sums, shared, consumer, item.steps, place);
-    Storage* row[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64 number = item.place + own + 8 * half;
-      row[half] = number < call.columns ? call.dc + (call.first + number) * call.dim : nullptr;
+    if (item.narrow) {
+      form_classifier<kNarrow>(shared, call, item, consumer, place);
+    } else {
+      form_classifier<kWidth>(shared, call, item, consumer, place);
     }
-    store_rows(sums, item.part, dim, scale, row, q);
   }
 }
 
