@@ -187,17 +187,20 @@ __device__ __forceinline__ void give_turn(int consumer) {
 template <int kCluster, typename Memory>
 __device__ __forceinline__ int multiply_tile(float (&z)[kBlocksM][kSums], Memory& shared,
                                              RingPlace<kStages>& place, int steps, bool follow) {
-  int done = 0;
-  for (int step = 0; step < steps; ++step) {
+  auto receive = [&]() -> const Stage& {
     wait_for(shared.ring.full[place.stage], place.parity);
     // What words came as is written in the ordinary way, and read by the matrix unit.
     if (!follow) fence_async_proxy();
     product_fence();
-    start_products(z, shared.stage[place.stage], step == 0);
-    if (step > 0) {
-      product_wait<1>();
-      release<kCluster>(shared.ring.empty[done]);
-    }
+    return shared.stage[place.stage];
+  };
+  start_products<true>(z, receive());
+  int done = place.stage;
+  place.next();
+  for (int step = 1; step < steps; ++step) {
+    start_products<false>(z, receive());
+    product_wait<kBlocksM>();
+    release<kCluster>(shared.ring.empty[done]);
     done = place.stage;
     place.next();
   }
@@ -291,9 +294,12 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
       if (!kStatistics && call.bits != nullptr &&
           (steps >= kLongTile || (tile - unit.first) / kConsumers % kShareEvery == 0))
         share_bounds(shared, call, count);
-      product_wait<0>();
-      release<kCluster>(shared.ring.empty[done]);
-      finish_tile<kPlain, kStatistics>(z, shared, call, count, tile * kTileN);
+      // The first block of rows is summed up from where its products are done, beside the last of the others.
+      product_wait<kBlocksM - 1>();
+      finish_tile<kPlain, kStatistics>(z, shared, call, count, tile * kTileN, [&] {
+        product_wait<0>();
+        release<kCluster>(shared.ring.empty[done]);
+      });
     }
     for (int m = 0; m < kBlocksM; ++m)
       for (int half = 0; half < 2; ++half) {

@@ -31,13 +31,6 @@ __device__ __forceinline__ void start_gradients(float (&sums)[kSums], const Stor
   product_commit();
 }
 
-// Nothing that reads or writes the sums may move to where products are under way.
-template <int kSums>
-__device__ __forceinline__ void settle(float (&sums)[kSums]) {
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
-}
-
 // Where a thread's sums lie in its group's 64 rows, eight columns a span.
 __device__ __forceinline__ constexpr int gradient_index(int span, int half, int side) {
   return 4 * span + 2 * half + side;

@@ -24,11 +24,14 @@ __device__ __forceinline__ void find_columns(Block exponents, uint32 chunks,
                                              Dropped& dropped, int lane) {
   const float base[2] = {logarithm_to_two(inverse[0]), logarithm_to_two(inverse[1])};
   const float own = logarithm_to_two(chunk_threshold);
+  // All at once: each would be waited for.
+  float least[kChunks];
+#pragma unroll
+  for (int w = 0; w < kChunks; ++w) least[w] = __shfl_sync(~0u, own, w);
 #pragma unroll
   for (int w = 0; w < kChunks; ++w) {
-    const float least = __shfl_sync(~0u, own, w);
     if (!(chunks >> (kChunks - 1 - w) & 1)) continue;
-    const float lowest[2] = {least - base[0], least - base[1]};
+    const float lowest[2] = {least[w] - base[0], least[w] - base[1]};
     // By signs, which unlike comparisons need none of the few predicates.
     uint32 signs = 0;
 #pragma unroll

@@ -1,4 +1,5 @@
-// How operands of the matrix unit lie in shared memory, and where the threads of a warp group stand.
+// How operands of the matrix unit lie in shared memory, where the threads of a warp group stand, and how its
+// sums are kept apart from other work.
 #pragma once
 
 #include "ptx.cuh"
@@ -26,5 +27,12 @@ __device__ __forceinline__ uint64 across_depth(const Storage* tile) {
   return swizzled(tile, kRows * kTileK * sizeof(Storage));
 }
 constexpr uint64 kAdvanceAcross = 16 * kTileK * sizeof(Storage) >> 4;
+
+// Nothing that reads or writes the sums may move to where products are under way.
+template <int kSums>
+__device__ __forceinline__ void settle(float (&sums)[kSums]) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
 
 }  // namespace cce

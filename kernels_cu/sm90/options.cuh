@@ -15,40 +15,51 @@ __device__ __forceinline__ void take_best(float& best, int& argmax, float other,
   }
 }
 
-// Scale, bias and softcap in place. Only a removed entry becomes -inf.
+// Scale, bias and softcap in place. Removed entries count for nothing afterwards; -inf is only what infinite
+// inputs make of a logit.
 __device__ __forceinline__ void make_logits(Block z, const ForwardArguments& call, int left,
                                             int columns, int lane) {
-  const float lowest = -static_cast<float>(infinity());
   const float scale = static_cast<float>(call.options.scale);
-  // A softcap alone, as models have it, spares a pass over the logits.
-  const bool affine = call.bias != nullptr || scale != 1.0f || call.options.softcap <= 0.0;
-  if (affine) {
+  if (call.bias != nullptr) {
+    const float lowest = -static_cast<float>(infinity());
+    const int vocab = static_cast<int>(call.vocab);
 #pragma unroll
     for (int j = 0; j < kSpans; ++j)
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         one_by_one(z[SumPlace::index(j, 0, side)]);
-        const int x = SumPlace::column(lane, j, side);
-        const float bias =
-            call.bias == nullptr || x >= columns ? 0.0f : widen(call.bias[left + x]);
+        const int v = left + SumPlace::column(lane, j, side);
+        const float bias = v < vocab ? widen(call.bias[v]) : 0.0f;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& logit = z[SumPlace::index(j, half, side)];
           logit = fmaf(logit, scale, bias);
-          if (logit == lowest) logit = static_cast<float>(not_a_number());
-          if (bias == lowest) logit = lowest;
+          // Whatever its row of c holds.
+          if (bias == lowest) logit = kMasked;
         }
       }
+  } else if (scale != 1.0f) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) z[i] *= scale;
   }
   if (call.options.softcap <= 0.0) return;
   const float cap = static_cast<float>(call.options.softcap), inverse = 1.0f / cap;
-  const float removed = affine ? lowest : static_cast<float>(not_a_number());  // equal to none
 #pragma unroll
-  for (int i = 0; i < kSums; ++i) {
-    one_by_one(z[i]);
-    // z * 0 is NaN for an infinity, which tanh would turn into a number.
-    const float capped = fmaf(z[i], 0.0f, cap * fast_tangent(z[i] * inverse));
-    z[i] = z[i] == removed ? lowest : capped;
+  for (int i = 0; i < kSums; i += 4) {
+    float tangent[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      one_by_one(z[i + k]);
+      tangent[k] = z[i + k] * inverse;
+    }
+    fast_tangents(tangent);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      // What counts for nothing still does: without a comparison, of whose results the assembler would hold
+      // all at once. z * 0 is NaN for an infinity, which tanh would turn into a number.
+      const float capped = fminf(cap * tangent[k], z[i + k] - kMasked / 2);
+      z[i + k] = fmaf(z[i + k], 0.0f, capped);
+    }
   }
 }
 
@@ -57,7 +68,6 @@ __device__ __forceinline__ void make_logits(Block z, const ForwardArguments& cal
 template <bool kStatistics>
 __device__ __forceinline__ void take_all(Block z, const ForwardArguments& call, int row, int count,
                                          int left, int columns, int64 slot, bool first, int lane) {
-  const float lowest = -static_cast<float>(infinity());
   if (call.smoothing != nullptr) {
     float sum[2] = {};
 #pragma unroll
@@ -70,7 +80,7 @@ __device__ __forceinline__ void take_all(Block z, const ForwardArguments& call, 
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float logit = z[SumPlace::index(j, half, side)];
-          if (logit != lowest) sum[half] = fmaf(weight, logit, sum[half]);
+          if (logit > kCounts) sum[half] = fmaf(weight, logit, sum[half]);
         }
       }
 #pragma unroll
@@ -83,7 +93,7 @@ __device__ __forceinline__ void take_all(Block z, const ForwardArguments& call, 
   if constexpr (kStatistics) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float best = kMasked, poison = 0;
+      float best = kCounts, poison = 0;
       int argmax = 0;
 #pragma unroll
       for (int j = 0; j < kSpans; ++j)

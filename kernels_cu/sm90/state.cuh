@@ -14,6 +14,7 @@ constexpr float kLowest = -1e30f;   // reference of a row that has none yet: its
 constexpr float kFar = -128.0f;     // below what is likely to be near the largest, in powers of two
 constexpr float kHighest = 1e30f;   // that of a row that is not there; sums beyond it are too large
 constexpr float kMasked = -2e38f;   // a logit that counts for nothing; finite in powers of two too
+constexpr float kCounts = kMasked / 4;  // what is not above that counts for nothing
 constexpr int kChunks = kTileN / kColumnChunk;
 constexpr int kSpansInChunk = kColumnChunk / 8;
 

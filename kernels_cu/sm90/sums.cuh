@@ -9,6 +9,7 @@ namespace cce {
 
 // What few tiles need: take the targets' logits out of a block, since their sums go apart, so that a
 // loss is never negative; and find a reference for rows whose target is far from likely.
+template <bool kPlain>
 __device__ __forceinline__ void take_targets(Block z, Shared& shared, int m,
                                              const ForwardArguments& call, int row, int left,
                                              uint32* words, int lane) {
@@ -21,7 +22,7 @@ __device__ __forceinline__ void take_targets(Block z, Shared& shared, int m,
     rare |= ahead[half] >= 0 || shared.reference.at(m, half) <= kLowest;
   }
   if (__builtin_expect(!__any_sync(~0u, rare), 1)) return;
-  float* const to = call.target_logit + row;
+  float taken[2] = {};
 #pragma unroll
   for (int j = 0; j < kSpans; ++j)
 #pragma unroll
@@ -32,7 +33,7 @@ __device__ __forceinline__ void take_targets(Block z, Shared& shared, int m,
         float& logit = z[SumPlace::index(j, half, side)];
         one_by_one(logit);
         if (x == ahead[half]) {
-          to[8 * half] = logit;
+          taken[half] = logit;
           logit = kMasked;
         }
       }
@@ -48,28 +49,36 @@ __device__ __forceinline__ void take_targets(Block z, Shared& shared, int m,
       most = fmaxf(most, z[SumPlace::index(k / 2, half, k % 2)]);
     }
     most = quad_largest(most);
-    if (shared.reference.at(m, half) <= kLowest && most > kMasked) {
+    if (shared.reference.at(m, half) <= kLowest && most > kCounts) {
       shared.reference.at(m, half) = most * kLog2E;
       shared.inverse.at(m, half) = 1.0f;
     }
   }
-  if (words == nullptr) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     // One of the quad's four has the column.
     const int x = ahead[half];
     if (x < 0 || x % 8 / 2 != lane % 4) continue;
+    // Only a removed entry's is -inf.
+    const float lowest = -static_cast<float>(infinity());
+    float logit = taken[half] == lowest ? static_cast<float>(not_a_number()) : taken[half];
+    if (!kPlain && logit <= kCounts) logit = lowest;
+    call.target_logit[row + 8 * half] = logit;
+    if (words == nullptr) continue;
     atomicOr(words + x / kColumnChunk, 1u << (x % kColumnChunk));
   }
 }
 
 // Add a block's exponentials to the rows' sums, and find the columns to keep. Leaves the exponents, in
-// powers of two, relative to the rows' references.
+// powers of two, relative to the rows' references. `meanwhile` is called early on.
+template <typename Meanwhile>
 __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_threshold,
-                                          bool plain, bool finds, Dropped& dropped, int lane) {
+                                          bool finds, Dropped& dropped, int lane,
+                                          Meanwhile meanwhile) {
   const float lowest = -static_cast<float>(infinity());
 #pragma unroll
   for (int i = 0; i < kSums; ++i) z[i] = fmaf(z[i], kLog2E, -sums.reference[i / 2 % 2]);
+  meanwhile();
   float total[2] = {sums.rest[0], sums.rest[1]};
   // As an unsigned integer -inf is larger than all that is finite. Several, that do not wait for each
   // other.
@@ -102,7 +111,7 @@ __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_th
   uint32 candidates = ~dull & ((1u << kChunks) - 1);
   static_assert(kSpansInChunk == 4, "pairs of a chunk");
   infinite[0] = largest_of_three(infinite[0], infinite[1], infinite[2]);
-  if (plain && (infinite[0] >= __float_as_uint(lowest) || infinite[3] >= __float_as_uint(lowest))) {
+  if (infinite[0] >= __float_as_uint(lowest) || infinite[3] >= __float_as_uint(lowest)) {
     // From an infinite input, whose row must come out as NaN.
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
@@ -151,10 +160,12 @@ __device__ __forceinline__ void add_block(Block z, RowSums& sums, float chunk_th
     find_columns(z, candidates, sums.inverse, chunk_threshold, dropped, lane);
 }
 
-// A tile of logits: into the rows' sums, the bits, and what else is asked for.
-template <bool kPlain, bool kStatistics>
+// A tile of logits: into the rows' sums, the bits, and what else is asked for. Only the first block's
+// products need be done; `finish_products` waits for the others'.
+template <bool kPlain, bool kStatistics, typename FinishProducts>
 __device__ __forceinline__ void finish_tile(float (&z)[kBlocksM][kSums], Shared& shared,
-                                            const ForwardArguments& call, int count, int left) {
+                                            const ForwardArguments& call, int count, int left,
+                                            FinishProducts finish_products) {
   const int row_tile = shared.row_tile[this_thread()], part = shared.part[this_thread()];
   const bool first = shared.first[this_thread()];
   shared.first[this_thread()] = false;
@@ -169,11 +180,12 @@ __device__ __forceinline__ void finish_tile(float (&z)[kBlocksM][kSums], Shared&
       chunk_threshold *= uniform(shared.seed, row_tile, left / kColumnChunk + lane % kChunks);
   }
   Dropped dropped;
+  // What is asked for besides has branches, beside which no products may be under way.
+  if (!kPlain) finish_products();
 #pragma unroll
   for (int m = 0; m < kBlocksM; ++m) {
     const int row = first_row(row_tile) + 64 * m;
-    const bool plain = kPlain || is_plain(call.bias, call.options);
-    if (!plain) make_logits(z[m], call, left, columns, lane);
+    if (!kPlain) make_logits(z[m], call, left, columns, lane);
     if (__builtin_expect(columns < kTileN, 0)) {
 #pragma unroll
       for (int j = 0; j < kSpans; ++j)
@@ -183,9 +195,13 @@ __device__ __forceinline__ void finish_tile(float (&z)[kBlocksM][kSums], Shared&
             z[m][SumPlace::index(j, 0, side)] = z[m][SumPlace::index(j, 1, side)] = kMasked;
     }
     if (!kPlain) take_all<kStatistics>(z[m], call, row, count, left, columns, slot, first, lane);
-    take_targets(z[m], shared, m, call, row, left, words, lane);
+    take_targets<kPlain>(z[m], shared, m, call, row, left, words, lane);
     RowSums sums(shared, m);
-    add_block(z[m], sums, chunk_threshold, plain, words != nullptr, dropped, lane);
+    add_block(z[m], sums, chunk_threshold, words != nullptr, dropped, lane, [&] {
+      if (!kPlain || m > 0) return;
+      finish_products();
+      for (int other = 1; other < kBlocksM; ++other) settle(z[other]);
+    });
     if (kStatistics) add_weighted(z[m], sums, shared, m, call, row, count, slot, first, lane);
     sums.keep(shared, m);
   }

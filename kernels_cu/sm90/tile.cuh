@@ -34,19 +34,25 @@ struct SumPlace {
 };
 constexpr int kSpans = kTileN / 8;  // of eight columns
 
-// Start the products of a stage; they are done when the group that they are committed to is.
-__device__ __forceinline__ void start_products(float (&sums)[kBlocksM][kSums], const Stage& stage,
-                                               bool first) {
+// Start the products of a stage, which begin or continue the sums; those of each block of rows are done when
+// the group that they are committed to is, the first block's before the others'.
+template <bool kBegin>
+__device__ __forceinline__ void start_products(float (&sums)[kBlocksM][kSums], const Stage& stage) {
   const uint64 e = along_depth(stage.e), c = along_depth(stage.c);
+  constexpr uint64 kBlock = 64 * kTileK * sizeof(Storage) >> 4;
 #pragma unroll
-  for (int step = 0; step < kTileK / 16; ++step) {
-    constexpr uint64 kBlock = 64 * kTileK * sizeof(Storage) >> 4;
+  for (int m = 0; m < kBlocksM; ++m) {
 #pragma unroll
-    for (int m = 0; m < kBlocksM; ++m)
-      product_64x192x16(sums[m], e + m * kBlock + step * kAdvanceAlong, c + step * kAdvanceAlong,
-                        !first || step > 0);
+    for (int step = 0; step < kTileK / 16; ++step) {
+      const uint64 e_step = e + m * kBlock + step * kAdvanceAlong, c_step = c + step * kAdvanceAlong;
+      if (kBegin && step == 0) {
+        begin_product_64x192x16(sums[m], e_step, c_step);
+      } else {
+        product_64x192x16(sums[m], e_step, c_step);
+      }
+    }
+    product_commit();
   }
-  product_commit();
 }
 
 }  // namespace cce
