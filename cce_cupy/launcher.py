@@ -44,6 +44,9 @@ _UNIT_STATISTICS = ("weighted", "best", "argmax")
 _MERGE_ROWS, _MERGERS = 32, 16
 """Rows of a block of finish_rows of kernels_cu/sm90/rows.cu, and kMergers there."""
 
+_BOUND_ROWS = 64
+"""Rows of a block of first_bound of kernels_cu/sm90/bounds.cu, which has as many threads as _THREADS."""
+
 _DEPTH = 64
 """kTileK of kernels_cu/sm90/tile.cuh."""
 
@@ -292,6 +295,12 @@ class Launcher:
             *self.e, *self.c, inputs.bias, problem.dim, *self.logit_options, *self.map, *known,
             bits, plan.saved["bits"] // 4 if bits else 0,
         )  # fmt: skip
+        if bits:
+            self.launch(
+                "sm90/bounds", "first_bound", (-(-plan.capacity // _BOUND_ROWS), 1), (_THREADS, 1),
+                *self.e, *self.c, inputs.bias, problem.dim, *self.logit_options, *self.map,
+                room["bound"],
+            )  # fmt: skip
         file, name = "forward", cut.kernel
         if statistics:
             file, name = "options", "forward_statistics"

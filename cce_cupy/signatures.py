@@ -100,6 +100,9 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
             ROW_MAP, UNIT_SUMS, INT64, INT64, POINTER, LOSS_OPTIONS, WEIGHTS, ROW_OUTPUTS, LOSS_SUM
         ),
     },
+    "sm90/bounds.cu": {
+        "first_bound": (MATRIX, MATRIX, POINTER, INT64, LOGIT_OPTIONS, ROW_MAP, POINTER),
+    },
     "sm90/forward.cu": {"forward_pairs": _HOPPER_FORWARD, "forward_single": _HOPPER_FORWARD},
     "sm90/options.cu": {
         "forward_options": _HOPPER_FORWARD, "forward_statistics": _HOPPER_FORWARD

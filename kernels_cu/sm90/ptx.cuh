@@ -327,6 +327,17 @@ __device__ __forceinline__ void product_64x256x16(float (&d)[128], uint64 a, uin
       : "l"(a), "l"(b), "r"(add), "n"(kAcross));
 }
 
+// Matrix products of a warp: d += a b^T, 16 rows, 8 columns, a depth of 16. A lane's words of a are of rows
+// lane / 4 and eight further on, the one, then the other, first of the lower half of the depth; of b of row
+// lane / 4, the lower half first.
+__device__ __forceinline__ void product_16x8x16(float (&d)[4], uint32 a, uint32 a_below, uint32 a_upper,
+                                                uint32 a_below_upper, uint32 b, uint32 b_upper) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." CCE_OPERAND "." CCE_OPERAND ".f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a), "r"(a_below), "r"(a_upper), "r"(a_below_upper), "r"(b), "r"(b_upper));
+}
+
 #undef CCE_OPERAND
 
 __device__ __forceinline__ uint32 largest_of_three(uint32 a, uint32 b, uint32 c) {
