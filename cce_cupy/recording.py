@@ -62,7 +62,8 @@ class Recording:
         ends = np.cumsum([0, *(-(-x.layout.whole.size // _ALIGNMENT) for x in launches)])
         self.starts = [int(end) * _ALIGNMENT for end in ends]
         self.words = np.zeros(self.starts.pop() // _WORD, np.uint64)
-        places: list[tuple[int, int, int]] = []
+        # Of each array, the words that hold an address within it, and where in it.
+        self.places: list[list[tuple[int, int]]] = []
         maps: list[tuple[slice, int, int, TensorMap]] = []
         for launch, start in zip(launches, self.starts, strict=True):
             values = []
@@ -70,7 +71,9 @@ class Recording:
             for (scalar, offset), given in scalars:
                 word, value = (start + offset) // _WORD, given
                 if scalar == "P" and given:
-                    places.append((word, *_array_of(given)))
+                    array, within = _array_of(given)
+                    self.places += [[] for _ in range(len(self.places), array + 1)]
+                    self.places[array].append((word, within))
                     value = 0
                 elif isinstance(given, TensorMap):
                     words = slice(word, word + tensor_map.BYTES // _WORD)
@@ -78,9 +81,6 @@ class Recording:
                     value = b""
                 values.append(value)
             launch.layout.whole.pack_into(self.words.data, start, *values)
-        table = np.array(places, np.int64).reshape(-1, 3).T
-        self.addressed, self.arrays = table[0], table[1]
-        self.offsets = table[2].astype(np.uint64)
         self.maps = maps
         self._rooms: list[_Room] = []
 
@@ -116,8 +116,8 @@ class _Room:
     def __init__(self, recording: Recording, arrays: int) -> None:
         self.recording = recording
         self.words = recording.words.copy()
-        self.starts = np.zeros(arrays, np.uint64)
-        self.addresses: tuple[int, ...] = ()
+        self.nowhere = (-1,) * arrays
+        self.addresses: tuple[int, ...] = self.nowhere
         self.mapped = [0] * len(recording.maps)
         self.stream = ctypes.c_void_p()
         # A function that was not told its types takes arguments that have one as they are.
@@ -150,14 +150,17 @@ class _Room:
                 check(status)
 
     def _write(self, addresses: tuple[int, ...]) -> None:
-        recording = self.recording
-        self.addresses = ()  # until all are written
-        self.starts[:] = addresses
-        self.words[recording.addressed] = self.starts[recording.arrays] + recording.offsets
-        for k, (words, array, offset, matrix) in enumerate(recording.maps):
+        recording, words = self.recording, self.words.data
+        before, self.addresses = self.addresses, self.nowhere  # until all are written
+        # One by one: few are others than before, and NumPy needs longer to begin with any.
+        for address, old, places in zip(addresses, before, recording.places, strict=False):
+            if address != old:
+                for word, within in places:
+                    words[word] = address + within
+        for k, (where, array, offset, matrix) in enumerate(recording.maps):
             pointer = addresses[array] + offset
             if pointer != self.mapped[k]:
                 encoded = tensor_map.encode(matrix._replace(pointer=pointer))
-                self.words[words] = np.frombuffer(encoded, np.uint64)
+                self.words[where] = np.frombuffer(encoded, np.uint64)
                 self.mapped[k] = pointer
         self.addresses = addresses
