@@ -30,6 +30,25 @@ DEVICE = "cuda"
 Run = Callable[[], Any]
 
 
+class EngineAlone(torch.autograd.Function):
+    """A loss that computes nothing: no operator in Python that autograd calls takes the host less.
+
+    The gradients are allocated, and torch itself launches the filling of the loss's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return a number of no meaning."""
+        ctx.save_for_backward(e, c)
+        return torch.empty((), device=e.device)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return gradients of no meaning."""
+        e, c = ctx.saved_tensors
+        return torch.empty_like(e), torch.empty_like(c), None
+
+
 def runs(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[str, Run]]:
     """Yield what is timed."""
     ours = cce_cupy.linear_cross_entropy
@@ -59,6 +78,8 @@ def runs(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor) -> Iterator[tu
     yield "value and grad", lambda: cce_cupy.linear_cross_entropy_value_and_grad(e, c, targets)
     yield "torch's from logits, forward + backward", backward(full)
     yield "torch's from logits, in one thread", backward(full, own_thread=False)
+    yield "engine alone, forward + backward", backward(EngineAlone.apply)
+    yield "engine alone, in one thread", backward(EngineAlone.apply, own_thread=False)
     compiled = torch.compile(ours, fullgraph=True)
     yield "compiled, forward + backward", backward(compiled)
 
