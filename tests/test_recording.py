@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import cce_cupy
 from cce_cupy import driver, launcher, recording, tensor_map
 from cce_cupy.driver import Layout
 from cce_cupy.frameworks import gpu
@@ -415,6 +416,72 @@ def test_launches_of_both_kinds_keep_their_order(library):
     Recording(launches).replay((100,), 3)
     found = [(function, how == "cooperative") for function, *_, how in library.take()]
     assert found == [(2, True), (1, False), (2, True)]
+
+
+@pytest.fixture
+def tensors_on_a_device(library, monkeypatch):
+    """Tensors of the host that are taken for those of a GPU; and the calls that look at them."""
+    torch = pytest.importorskip("torch")
+    from cce_cupy.frameworks import torch as of_torch
+
+    spec = of_torch._spec.__wrapped__
+    monkeypatch.setattr(of_torch, "_spec", lambda *given: spec(*given)._replace(device="cuda:1"))
+    monkeypatch.setattr(of_torch, "_hardware", lambda device: H100)
+
+    def begin(memory, device):
+        memory._device, memory.device, memory.stream = device, 1, 5
+
+    monkeypatch.setattr(of_torch.TorchMemory, "__init__", begin)
+    looks, look_at = [], GpuCall._look_at
+    monkeypatch.setattr(GpuCall, "_look_at", lambda *given: looks.append(look_at(*given)))
+
+    def run(hooks=None, **given):
+        arguments = {
+            "e": torch.ones(300, 64, dtype=torch.bfloat16, requires_grad=True),
+            "c": torch.ones(5000, 64, dtype=torch.bfloat16, requires_grad=True),
+            "targets": torch.zeros(300, dtype=torch.int32),
+        }
+        arguments |= {name: make(torch) for name, make in given.items()}
+        with contextlib.ExitStack() as stack:
+            if hooks is not None:
+                pack, unpack = hooks
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
+            loss = cce_cupy.linear_cross_entropy(**arguments)
+        loss.backward()
+        assert arguments["e"].grad.shape == (300, 64)
+        assert arguments["c"].grad.shape == (5000, 64)
+        kernels = [library.names[function] for function, *_ in library.take()]
+        taken, looks[:] = len(looks), []
+        return taken, kernels
+
+    return run
+
+
+SAVED = {
+    "as they are": (1, None, {}),
+    "the same": (1, (lambda x: x, lambda x: x), {}),
+    "copies": (2, (lambda x: x, lambda x: x.clone()), {}),
+    "negated": (2, (lambda x: x, lambda x: x._neg_view() if x.is_floating_point() else x), {}),
+    "transposed": (2, (lambda x: x, lambda x: x.mT.clone().mT if x.ndim == 2 else x), {}),
+    "of another dtype": (2, None, {"class_weight": lambda torch: torch.ones(5000).double()}),
+    "with gaps": (2, None, {"token_weight": lambda torch: torch.ones(600)[::2]}),
+    "with gaps between rows": (
+        1, None, {"e": lambda torch: torch.ones(300, 128).bfloat16()[:, :64].requires_grad_()},
+    ),
+    "weighted": (1, None, {"token_weight": lambda torch: torch.ones(300)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_the_backward_of_torch_looks_at_tensors_that_are_others(tensors_on_a_device, name):
+    """What the forward has found counts for the tensors it was found for, and for no others."""
+    looks, hooks, given = SAVED[name]
+    taken, kernels = tensors_on_a_device(hooks, **given)
+    assert taken == looks
+    assert tensors_on_a_device(hooks, **given) == (looks, kernels)
+    for _ in range(2):  # recorded now
+        assert tensors_on_a_device(hooks, **given) == (looks, kernels)
+    assert {"map_rows", "row_factors", "backward"} <= {*kernels}
 
 
 def two_words():

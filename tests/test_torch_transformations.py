@@ -302,3 +302,23 @@ def test_a_torch_without_the_private_names_goes_through_the_operators(monkeypatc
     if learn:
         found = torch.autograd.grad(loss, leaves)
         assert all(torch.equal(a, b) for a, b in zip(found, gradients, strict=True))
+
+
+def test_a_tensor_that_outlives_its_transformation():
+    from cce_cupy.frameworks import torch_autograd
+
+    subject = Subject("linear_cross_entropy")
+    expected, gradients = subject.expected()
+    leaves, kept = subject.leaves(), []
+
+    def leaks(value):
+        kept.append(value * 1)
+        return value.sum()
+
+    torch.func.grad(leaks)(leaves[0].detach())
+    # It has no address of its own, which a GPU's kernels would be given.
+    assert not torch_autograd._are_plain(kept)
+    loss = subject(kept[0], *leaves[1:])
+    assert torch.equal(loss, expected)
+    found = torch.autograd.grad(loss, leaves[1:])
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients[1:], strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -170,6 +171,23 @@ class _Space:
         return {name: self.address + offset for name, offset in self.offsets.items()}
 
 
+class Found(NamedTuple):
+    """What a call has found out about its arrays, without a reference to them."""
+
+    places: tuple[int, ...]
+    """Where each lies."""
+    strides: tuple[tuple[int, ...], ...]
+    addresses: tuple[int, ...]
+    """The places in the order of the arguments, with 0 for those that were not given."""
+    alike: _Alike
+
+    def fits(self, memory: DeviceMemory, arrays: Mapping[str, Any]) -> bool:
+        """Tell whether arrays of the same names, shapes and dtypes lie where those lay."""
+        given = arrays.values()
+        places, strides = map(memory.address, given), map(memory.strides, given)
+        return self.places == tuple(places) and self.strides == tuple(strides)
+
+
 class GpuCall:
     """One call on device arrays.
 
@@ -181,6 +199,8 @@ class GpuCall:
         By argument name.
     saved : array of int64, optional
         What the forward of an equal call has left in ``saved.words``: a pullback may follow.
+    found : Found, optional
+        What that forward has found, where it `fits` the arrays.
     """
 
     def __init__(
@@ -189,14 +209,26 @@ class GpuCall:
         problem: Problem,
         arrays: Mapping[str, Any],
         saved: Any | None = None,
+        found: Found | None = None,
     ) -> None:
         self.memory, self.problem = memory, problem
+        # The pullback refers to them too.
+        self.held = [*arrays.values()]
+        if found is None:
+            self._look_at(arrays)
+        else:
+            self.addresses, self.alike = found.addresses, found.alike
+        self.plan = self.alike.plan
+        self.saved = None if saved is None else _Space(memory, self.plan.saved, saved)
+
+    def _look_at(self, arrays: Mapping[str, Any]) -> None:
+        """Find where arrays lie, and what calls on such arrays share; copy those that must be."""
+        memory, problem = self.memory, self.problem
         sums, targets = problem.accumulator, memory.contiguous(arrays["targets"])
         e, e_rows = self._matrix(arrays["e"])
         c, c_rows = self._matrix(arrays["c"])
-        # The pullback refers to them too.
         self.held = [e, c, targets]
-        self.addresses: tuple[int, ...] = tuple(map(memory.address, self.held))
+        self.addresses = tuple(map(memory.address, self.held))
         for name, dtype in (("bias", None), ("class_weight", sums), ("token_weight", sums)):
             if name in arrays:
                 self.held.append(memory.contiguous(arrays[name], dtype))
@@ -206,8 +238,17 @@ class GpuCall:
         self.alike = _alike(
             problem, memory.hardware(), memory.device, e_rows, c_rows, arrays["targets"].dtype
         )
-        self.plan = self.alike.plan
-        self.saved = None if saved is None else _Space(memory, self.plan.saved, saved)
+
+    def found(self, arrays: Mapping[str, Any]) -> Found | None:
+        """Return what an equal call on these arrays need not look for.
+
+        None where one had to be copied: once the copy is gone, its place may be another array's.
+        """
+        if not all(map(operator.is_, self.held, arrays.values())):
+            return None
+        places = tuple(map(self.memory.address, self.held))
+        strides = tuple(map(self.memory.strides, self.held))
+        return Found(places, strides, self.addresses, self.alike)
 
     def run_forward(self, *, keep_columns: bool, outputs: Mapping[str, Any]) -> None:
         """Compute the outputs: arrays by the names that `Launcher.finish` gives them.
@@ -246,15 +287,18 @@ class GpuCall:
         """
         problem, plan = self.problem, self.plan
         assert self.saved is not None
-        spaces = {"saved": self.saved, "backward": space or _Space(memory, plan.backward)}
+        if space is None:
+            space = _Space(memory, plan.backward)
+        spaces = {"saved": self.saved, "backward": space}
         if memory.stream != self.memory.stream:
             for array in (*self.held, self.saved.words):
                 memory.outlives(array)
-        kept = [
-            None if given is None else memory.contiguous(given, problem.accumulator)
-            for given in (dloss, dlse)
-        ]
-        wanted = wanted._replace(bias=wanted.bias and problem.has_bias)
+        if dloss is not None:
+            dloss = memory.contiguous(dloss, problem.accumulator)
+        if dlse is not None:
+            dlse = memory.contiguous(dlse, problem.accumulator)
+        if wanted.bias and not problem.has_bias:
+            wanted = wanted._replace(bias=False)
         de = dc = dbias = None
         if wanted.e:  # rows that no token maps to are zero
             de = memory.full((*problem.batch_shape, problem.dim), problem.dtype, 0)
@@ -262,8 +306,14 @@ class GpuCall:
             dc = memory.full((problem.vocab, problem.dim), problem.dtype, None)
         if wanted.bias:
             dbias = memory.full((problem.vocab,), problem.dtype, None)
-        named = zip(("dloss", "dlse", "de", "dc", "dbias"), (*kept, de, dc, dbias), strict=True)
-        addresses = {name: 0 if x is None else memory.address(x) for name, x in named}
+        address = memory.address
+        addresses = {
+            "dloss": 0 if dloss is None else address(dloss),
+            "dlse": 0 if dlse is None else address(dlse),
+            "de": 0 if de is None else address(de),
+            "dc": 0 if dc is None else address(dc),
+            "dbias": 0 if dbias is None else address(dbias),
+        }
         run = self._replay if plan.parts <= MOST_PARTS else self._launch
         run(memory, _form_backward, (wanted,), spaces, addresses)
         return de, dc, dbias

@@ -91,13 +91,10 @@ class TorchMemory:
         # What torch.cuda.current_stream asks too, before it makes an object of it.
         self.stream: int = torch._C._cuda_getCurrentRawStream(device.index)
 
-    def strides(self, array: Any) -> tuple[int, ...]:
-        """Return how far apart a tensor's elements lie along each axis."""
-        return array.stride()  # type: ignore[no-any-return]
-
-    def address(self, array: Any) -> int:
-        """Return where a tensor lies."""
-        return array.data_ptr()  # type: ignore[no-any-return]
+    # How far apart a tensor's elements lie along each axis, and where it lies: torch's own, which
+    # are asked for each tensor of each call.
+    strides = staticmethod(torch.Tensor.stride)
+    address = staticmethod(torch.Tensor.data_ptr)
 
     def contiguous(self, array: Any, dtype: str | None = None) -> Any:
         """Return a tensor's elements contiguous, in a dtype."""

@@ -35,10 +35,17 @@ _INTEGER_LIMIT = 2**63
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _keys_of_stand_ins() -> int | None:
-    """Return the bits of dispatch keys by which torch has a tensor's data computed from other data.
+_STAND_INS = ("Negative", "ZeroTensor", "Batched")
+"""Dispatch keys by which torch has a tensor's data computed from other data. Batched is what
+`torch.autograd.grad` makes of a batch of gradients, out of functorch's sight."""
 
-    Batched is what `torch.autograd.grad` makes of a batch of gradients, out of functorch's sight.
+_LEFT_BEHIND = ("FuncTorchBatched", "FuncTorchGradWrapper")
+"""Dispatch keys of tensors that a transformation hands out and that may outlive it."""
+
+
+def _keys_of_stand_ins() -> int | None:
+    """Return the bits of the dispatch keys of tensors that are not their memory.
+
     None where this torch lacks a name that the look at tensors takes, which are private: all calls
     that it differentiates then go through the operators.
     """
@@ -51,7 +58,7 @@ def _keys_of_stand_ins() -> int | None:
         ):
             getattr(place, name)
         bits = 0
-        for key in ("Negative", "ZeroTensor", "Batched"):
+        for key in (*_STAND_INS, *_LEFT_BEHIND):
             bits |= torch._C.DispatchKeySet(torch._C._dispatch_key_parse(key)).raw_repr()
         return bits
     except (AttributeError, RuntimeError):
@@ -68,7 +75,7 @@ class TorchAutogradFramework(TorchFramework):
         """Return the loss and lse, through the operators where torch looks on."""
         recorded = torch.is_grad_enabled()
         for name in ("class_weight", "token_weight"):
-            if recorded and name in arrays and arrays[name].requires_grad:
+            if name in arrays and recorded and arrays[name].requires_grad:
                 raise ValueError(
                     f"{name} requires grad, but no gradient is formed for weights: "
                     f"pass {name}.detach()"
@@ -79,21 +86,23 @@ class TorchAutogradFramework(TorchFramework):
             or arrays["c"].requires_grad
             or ("bias" in arrays and arrays["bias"].requires_grad)
         )
-        tensors = [arrays.get(name) for name in _TENSORS]
         if torch.compiler.is_compiling():
             # The operator's fake implementation complains of the rest.
+            tensors = [arrays.get(name) for name in _TENSORS]
             given, function = _to_schema(options), torch.ops.cce_cupy.linear_cross_entropy
             loss, lse, _ = function(*tensors, *given, differentiate)
             return loss, lse
-        problem = self.problem(arrays, options)
+        problem = TorchFramework.problem(self, arrays, options)
         if not _are_plain(arrays.values()):
             # torch.func meets a Function where it is called, not within an operator.
+            tensors = [arrays.get(name) for name in _TENSORS]
             given = _options_of(_in_schema(problem))
             loss, lse, _ = _Forward.apply(*tensors, *given, differentiate)
         elif differentiate:
-            loss, lse = _PlainForward.apply(*tensors, _in_schema(problem))
+            learned = arrays["e"], arrays["c"], arrays.get("bias")
+            loss, lse = _apply_plain(*learned, arrays, _in_schema(problem))
         else:
-            loss, lse, _ = _compute(problem, arrays, differentiate=False)
+            loss, lse, _, _ = _compute(problem, arrays, differentiate=False)
         return loss, lse
 
     # The functions that take tensors as plain data stay out of a compiler's graph: it would take
@@ -230,18 +239,23 @@ def _host(problem: Problem, plan: Plan, arrays: Mapping[str, Any]) -> HostCall:
 
 def _compute(
     problem: Problem, arrays: Mapping[str, Any], *, differentiate: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Return the loss, lse where it is returned, and what a backward needs where there is one."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, gpu.Found | None]:
+    """Return the loss, lse where it is returned, and what a backward needs where there is one.
+
+    That is a tensor and, on a device, what was found out about the arrays.
+    """
     plan = _FRAMEWORK.plan(problem)
     if plan is None:
         memory = _FRAMEWORK.device_memory(arrays["e"])
-        return gpu.evaluate(memory, problem, arrays, differentiate=differentiate)[:3]
+        loss, lse, saved, call = gpu.evaluate(memory, problem, arrays, differentiate=differentiate)
+        return loss, lse, saved, call.found(arrays) if differentiate else None
     host, to_tensor = _host(problem, plan, arrays), _FRAMEWORK.from_host
     host.run_forward(keep_columns=differentiate)
     return (
         to_tensor(host.loss(), None),
         to_tensor(host.lse(), None) if problem.return_lse else None,
         to_tensor(host.pack(), None) if differentiate else None,
+        None,
     )
 
 
@@ -268,7 +282,7 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """Return the loss, lse where it is returned, and what a backward needs where there is one."""
     *given, differentiate = arguments
     call = _Call(given)
-    loss, lse, saved = _compute(call.problem, call.arrays, differentiate=differentiate)
+    loss, lse, saved, _ = _compute(call.problem, call.arrays, differentiate=differentiate)
     return (
         loss,
         call.empty(call.problem.accumulator) if lse is None else lse,
@@ -363,15 +377,21 @@ class _PlainForward(torch.autograd.Function):
     """The loss and lse of tensors that stand for themselves: nobody else looks on.
 
     Without an operator, and without `setup_context`, which torch binds the arguments anew for.
+    Torch runs the backward of a GPU in a thread of its own, on another core whose caches know
+    nothing of it: what the forward has found out is not looked for again.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Compute; keep references to the inputs, and what a backward needs."""
-        *tensors, problem = arguments
-        loss, lse, saved = _compute(problem, _by_name(tensors), differentiate=True)
-        ctx.problem = problem
-        ctx.save_for_backward(*tensors, saved)
+        """Compute; keep references to the inputs, and what a backward needs.
+
+        The arguments are e, c and bias, which may be differentiated by, all arrays by name, and
+        the problem.
+        """
+        *_, arrays, problem = arguments
+        loss, lse, saved, ctx.found = _compute(problem, arrays, differentiate=True)
+        ctx.problem, ctx.names = problem, tuple(arrays)
+        ctx.save_for_backward(*arrays.values(), saved)
         ctx.set_materialize_grads(False)
         return loss, lse
 
@@ -381,23 +401,53 @@ class _PlainForward(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of the inputs that require them."""
         *tensors, saved = ctx.saved_tensors
-        problem = ctx.problem
-        needed = ctx.needs_input_grad
-        wanted = Wanted(needed[0], needed[1], needed[3])
+        problem, wanted = ctx.problem, Wanted(*ctx.needs_input_grad[:3])
         if dloss is None:
             if dlse is None:
-                return (None,) * len(needed)
+                return (None,) * 5
             dloss = dlse.new_zeros(problem.batch_shape if problem.reduction == "none" else ())
-        arrays = _by_name(tensors)
-        upstream = (dloss,) if dlse is None else (dloss, dlse)
+        arrays = dict(zip(ctx.names, tensors, strict=True))
         # With grad enabled somebody may differentiate the gradients, and is told that he cannot.
-        if torch.is_grad_enabled() or not _are_plain((*arrays.values(), *upstream)):
-            options = _options_of(problem)
-            found = _Backward.apply(*tensors, *options, dloss, dlse, saved, *wanted)
-            e, c, bias = (g if wants else None for g, wants in zip(found, wanted, strict=True))
-        else:
+        plain = not torch.is_grad_enabled() and _are_plain(
+            (dloss,) if dlse is None else (dloss, dlse)
+        )
+        call = _call_again(problem, arrays, saved, ctx.found) if plain else None
+        if call is not None:
+            e, c, bias = call.pullback(call.memory, dloss, dlse, wanted)
+        elif plain and _are_plain(tensors):
             e, c, bias = _compute_gradients(problem, arrays, dloss, dlse, saved, wanted)
-        return e, c, None, bias, None, None, None
+        else:
+            given = [arrays.get(name) for name in _TENSORS]
+            found = _Backward.apply(*given, *_options_of(problem), dloss, dlse, saved, *wanted)
+            e, c, bias = (g if wants else None for g, wants in zip(found, wanted, strict=True))
+        return e, c, bias, None, None
+
+
+# What `Function.apply` does beyond torch's own is for transformations, and for what they leave
+# behind: neither is plain.
+_apply_plain = super(torch.autograd.Function, _PlainForward).apply
+
+
+def _call_again(
+    problem: Problem,
+    arrays: Mapping[str, torch.Tensor],
+    saved: torch.Tensor,
+    found: gpu.Found | None,
+) -> gpu.GpuCall | None:
+    """Return the call of a forward on a device for its pullback.
+
+    None where its tensors are not those that were found plain: whoever registers hooks for saved
+    tensors may hand back others.
+    """
+    if found is None:
+        return None
+    for x in arrays.values():
+        if type(x) not in _PLAIN or x.is_neg():
+            return None
+    memory = _FRAMEWORK.device_memory(arrays["e"])
+    if not found.fits(memory, arrays):
+        return None
+    return gpu.GpuCall(memory, problem, arrays, saved, found)
 
 
 def _by_name(tensors: Iterable[torch.Tensor | None]) -> dict[str, torch.Tensor]:
