@@ -44,8 +44,8 @@ _UNIT_STATISTICS = ("weighted", "best", "argmax")
 _MERGE_ROWS, _MERGERS = 32, 16
 """Rows of a block of finish_rows of kernels_cu/sm90/rows.cu, and kMergers there."""
 
-_BOUND_ROWS = 64
-"""Rows of a block of first_bound of kernels_cu/sm90/bounds.cu, which has as many threads as _THREADS."""
+_BOUND_ROWS = 32
+"""kBoundRows of kernels_cu/sm90/bounds.cu, whose blocks have as many threads as _THREADS says."""
 
 _DEPTH = 64
 """kTileK of kernels_cu/sm90/tile.cuh."""

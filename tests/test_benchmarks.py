@@ -144,7 +144,7 @@ def test_records_of_gpu(records_of_gpu):
     (ours,), (others,) = (records_of_gpu[name]["cases"] for name in ("ours", "peers"))
     assert not ours["absent"]
     rows = {row["run"]: row for row in ours["rows"]}
-    assert len(rows) == len(ours["rows"]) == 6 + 2 * (3 + 2)
+    assert len(rows) == len(ours["rows"]) == 6 + 2 * (4 + 2)
     assert rows[runs.UNFILTERED]["base"] == runs.FOUR_PRODUCTS
     assert all(row["same_bits"] for row in ours["rows"])
     for run in (runs.GRADIENTS, f"{runs.GRADIENTS}, 64 MiB", runs.UNFILTERED):

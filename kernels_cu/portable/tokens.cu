@@ -60,17 +60,20 @@ extern "C" __global__ void __launch_bounds__(kWalkers)
   int64 before = 0;
   uint32 low = 0, high = 0;
   int turn = 0;
+  int64 next = threadIdx.x < tokens ? targets.read(threadIdx.x) : 0;
   for (int64 start = 0; start < tokens; start += kWalkers, turn ^= 1) {
     const int64 i = start + threadIdx.x;
-    int64 value = 0;
+    int64 value = next;
     bool counts = false;
+    // Read before the barriers of this turn, so that nobody waits for it.
+    if (i + kWalkers < tokens) next = targets.read(i + kWalkers);
     if (i < tokens) {
-      value = targets.read(i);
       const bool too_large = targets.too_large(value);
       // ignore_above: 1 where only a uint64 holds ignore_index, 2 where no dtype does.
       const bool ignored = too_large == (ignore_above != 0) && ignore_above != 2 &&
                            value == ignore_index;
-      counts = !ignored && i % length >= shift;
+      // A division of 64 bits takes as long as a read.
+      counts = !ignored && (shift == 0 || i % length >= shift);
       if (too_large) value = -1;
     }
     const uint32 ballot = __ballot_sync(~0u, counts);

@@ -6,24 +6,27 @@
 namespace cce {
 
 constexpr int kBoundThreads = 256;
-constexpr int kBoundRows = 64;  // of a block
+constexpr int kBoundRows = 32;  // of a block
 constexpr int kRowWarps = kBoundRows / 16;
 constexpr int kShares = kBoundThreads / 32 / kRowWarps;  // of the tile's targets, one for each of a row's warps
 constexpr int kShare = kRowTile / kShares;
+constexpr int kWords = 2;  // of a row that a lane loads at a time
 constexpr int kWordElements = 16 / sizeof(Storage);
 
-// A word of a row; zeros past its end, or where there is none.
-__device__ __forceinline__ uint4 word_of(const Storage* row, int64 word, int64 words) {
-  if (row == nullptr || word >= words) return make_uint4(0, 0, 0, 0);
-  return reinterpret_cast<const uint4*>(row)[word];
+// A word of a row; zeros past its end. The load has no condition: behind branches each would be waited for.
+__device__ __forceinline__ uint4 word_of(const Storage* row, int word, int words) {
+  const uint4 found = reinterpret_cast<const uint4*>(row)[min(word, words - 1)];
+  const bool there = word < words;
+  return make_uint4(there ? found.x : 0, there ? found.y : 0, there ? found.z : 0,
+                    there ? found.w : 0);
 }
 
 }  // namespace cce
 
 using namespace cce;
 
-// Raises what target_logits left. Grid: half row tiles.
-extern "C" __global__ void __launch_bounds__(kBoundThreads)
+// Raises what target_logits left. Grid: a block for each kBoundRows.
+extern "C" __global__ void __launch_bounds__(kBoundThreads, 2)
     first_bound(Matrix e, Matrix c, const Storage* bias, int64 dim, LogitOptions options, RowMap map,
                 int* bound) {
   __shared__ int target[kRowTile];
@@ -37,6 +40,7 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads)
     target[thread] = top + thread < count ? static_cast<int>(map.target[top + thread]) : -1;
   __syncthreads();
   bool again = false;
+#pragma unroll 8
   for (int i = 0; i < thread && thread < kRowTile; ++i) again |= target[i] == target[thread];
   __syncthreads();
   // A class counts once.
@@ -51,21 +55,30 @@ extern "C" __global__ void __launch_bounds__(kBoundThreads)
 #pragma unroll
   for (int n = 0; n < kShare / 8; ++n) {
     const int own = target[share * kShare + 8 * n + lane / 4];
-    of_target[n] = own < 0 ? nullptr : c.row(own);
+    // What stands in for one that is not there counts for nothing.
+    of_target[n] = own < 0 ? row[0] : c.row(own);
   }
   float z[kShare / 8][4] = {};
-  const int64 words = dim / kWordElements;
-  for (int64 word = q; word < words + q; word += 4) {
-    const uint4 a = word_of(row[0], word, words), below = word_of(row[1], word, words);
-    uint4 b[kShare / 8];
+  const int words = static_cast<int>(dim / kWordElements);
+  for (int first_word = 0; first_word < words; first_word += 4 * kWords) {
+    uint4 a[kWords], below[kWords], b[kWords][kShare / 8];
+    // All loads first.
 #pragma unroll
-    for (int n = 0; n < kShare / 8; ++n) b[n] = word_of(of_target[n], word, words);
+    for (int k = 0; k < kWords; ++k) {
+      const int word = first_word + 4 * k + q;
+      a[k] = word_of(row[0], word, words);
+      below[k] = word_of(row[1], word, words);
+#pragma unroll
+      for (int n = 0; n < kShare / 8; ++n) b[k][n] = word_of(of_target[n], word, words);
+    }
     // A sum does not mind in which order a lane's elements come, if it is the same one on both sides.
 #pragma unroll
-    for (int n = 0; n < kShare / 8; ++n) {
-      product_16x8x16(z[n], a.x, below.x, a.y, below.y, b[n].x, b[n].y);
-      product_16x8x16(z[n], a.z, below.z, a.w, below.w, b[n].z, b[n].w);
-    }
+    for (int k = 0; k < kWords; ++k)
+#pragma unroll
+      for (int n = 0; n < kShare / 8; ++n) {
+        product_16x8x16(z[n], a[k].x, below[k].x, a[k].y, below[k].y, b[k][n].x, b[k][n].y);
+        product_16x8x16(z[n], a[k].z, below[k].z, a[k].w, below[k].w, b[k][n].z, b[k][n].w);
+      }
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -191,9 +191,21 @@ __device__ __forceinline__ void make_logits(float (&z)[kLogits], const BackwardA
       float& logit = z[sum_index<kHalf>(j, side)];
       logit = fmaf(logit, scale, own.bias);
       if (logit == lowest) logit = static_cast<float>(not_a_number());
-      // z * 0 is NaN for an infinity, which tanh would turn into a number.
-      if (cap > 0.0f) logit = fmaf(logit, 0.0f, cap * fast_tangent(logit * inverse));
     }
+  if (cap <= 0.0f) return;
+#pragma unroll
+  for (int j = 0; j < kSpans; j += 2) {
+    float tangent[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) tangent[k] = z[sum_index<kHalf>(j + k / 2, k % 2)] * inverse;
+    fast_tangents(tangent);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      float& logit = z[sum_index<kHalf>(j + k / 2, k % 2)];
+      // z * 0 is NaN for an infinity, which tanh would turn into a number.
+      logit = fmaf(logit, 0.0f, cap * tangent[k]);
+    }
+  }
 }
 
 // The weight of a column by the exact test; comparisons are written so that a NaN is kept.

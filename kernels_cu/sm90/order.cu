@@ -30,10 +30,11 @@ __device__ __forceinline__ void scan_blocks(OrderShared& shared, int* before, in
 __device__ __forceinline__ void count_columns(const ColumnOrder& order, const OrderScratch& scratch,
                                               int row_tiles) {
   int found = 0;
-  for (int word = blockIdx.x * kThreads + threadIdx.x; word < order.kept.words;
+  // The last blocks first: the others scan row tiles.
+  for (int word = (gridDim.x - 1 - blockIdx.x) * kThreads + threadIdx.x; word < order.kept.words;
        word += gridDim.x * kThreads) {
     uint32 any = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int tile = 0; tile < row_tiles; ++tile) any |= order.kept.word(tile, word);
     found += __popc(any);
   }
@@ -140,6 +141,7 @@ __device__ __forceinline__ void count_pairs(const ColumnOrder& order, const Orde
   const int step = gridDim.x * kThreads, stride = order.natural_blocks + 1;
   for (int block = blockIdx.x * kThreads + threadIdx.x; block < stride; block += step) {
     int pairs = 0;
+#pragma unroll 16
     for (int tile = 0; tile < row_tiles; ++tile)
       pairs += order.kept_in[static_cast<int64>(tile) * stride + block];
     scratch.pairs_before[block] = pairs;

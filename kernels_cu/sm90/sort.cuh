@@ -84,6 +84,8 @@ __device__ __forceinline__ void sort_by_digit(OrderShared& shared, const ColumnO
     // Of each digit: how many there are in all blocks, and in those before this one.
     const int digit = thread % kDigits, part = thread / kDigits;
     int all = 0, before = 0;
+    // A few loads at a time, that do not wait for each other.
+#pragma unroll 6
     for (int block = part; block < static_cast<int>(gridDim.x); block += kParts) {
       const int number = __ldcg(scratch.digits + block * kDigits + digit);
       all += number;

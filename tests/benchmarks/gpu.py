@@ -298,8 +298,11 @@ def _our_jobs(inputs: Inputs, gradients: bool, options: argparse.Namespace) -> I
     stages = [(FORWARD_BITS, forward, 1)] + ([(GRADIENTS, both, 3)] if gradients else [])
     if options.options:
         bias = torch.zeros(len(inputs.c), dtype=inputs.e.dtype, device=inputs.e.device)
-        extras: dict[str, dict[str, Any]] = {"bias": {"bias": bias}, "softcap": {"softcap": 30.0}}
-        extras["scale"] = {"logit_scale": 0.999}
+        # These leave the data its profile; a softcap as models have it would flatten it, and more
+        # columns would be kept.
+        extras: dict[str, dict[str, Any]] = {"bias": {"bias": bias}}
+        extras |= {"softcap": {"softcap": 1000.0}, "scale": {"logit_scale": 0.999}}
+        extras["softcap that flattens"] = {"softcap": 30.0}
         for stage, function, products in stages:
             for name, extra in extras.items():
                 yield Job(f"{stage}, {name}", stage, ours(function, **extra), products, False)
