@@ -344,17 +344,34 @@ __device__ __forceinline__ uint32 finish_item(float (&z)[kBlocksM][kLogits], con
                                               const LogitFacts& known, const BackwardArguments& call,
                                               int64 tile, const LogitForm& form, int own) {
   static_assert(kBlocksM == 2, "the second follows the first");
+  // A thread's columns of a round: both of a block, or one where there are options, whose code takes too long to
+  // compile twice.
+  constexpr int kColumns = kPlain ? 2 : 1, kRounds = 2 * kBlocksM / kColumns;
   const int lane = threadIdx.x % 32;
   uint32 passed = 0;
   // A loop: twice the code would not stay where instructions are fetched from.
 #pragma unroll 1
-  for (int block = 0; block < kBlocksM; ++block, own += 64) {
+  for (int round = 0; round < kRounds; ++round) {
     passed += finish_logits<kPlain, 0>(z[0], shared, known.factors, call, tile, known.first + own,
                                        known.column[own], form, lane);
-    passed += finish_logits<kPlain, 1>(z[0], shared, known.factors, call, tile,
-                                       known.first + own + 8, known.column[own + 8], form, lane);
+    if constexpr (kColumns == 2) {
+      passed += finish_logits<kPlain, 1>(z[0], shared, known.factors, call, tile,
+                                         known.first + own + 8, known.column[own + 8], form, lane);
+      own += 64;
 #pragma unroll
-    for (int i = 0; i < kLogits; ++i) z[0][i] = z[1][i];
+      for (int i = 0; i < kLogits; ++i) z[0][i] = z[1][i];
+    } else {
+      own += round % 2 == 0 ? 8 : 64 - 8;
+#pragma unroll
+      for (int span = 0; span < kSpans; ++span)
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const int first = sum_index<0>(span, side), second = sum_index<1>(span, side);
+          z[0][first] = z[0][second];
+          z[0][second] = z[1][first];
+          z[1][first] = z[1][second];
+        }
+    }
   }
   return passed;
 }
