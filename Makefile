@@ -6,7 +6,7 @@ OLDEST := .venv-oldest-jax
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-oldest-jax lint docs kernels bench gpu-test sanitize clean
+.PHONY: demo test test-oldest-jax lint docs kernels bench gpu-test sanitize gpu-check clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/python -m cce_cupy demo
@@ -43,6 +43,10 @@ sanitize:
 	for tool in memcheck racecheck initcheck synccheck; do \
 	    $(SANITIZER) --tool $$tool --error-exitcode 1 $(PYTHON) tests/gpu/sanitize.py || exit 1; \
 	done
+
+# Both, and the large profile, side by side: minutes instead of an hour.
+gpu-check:
+	$(PYTHON) tests/gpu/side_by_side.py build/gpu-logs $(CHECK_ARGS)
 
 # The set-up of each job is done again when the package's own requirements change.
 $(VENV)/%.done: setup.cfg pyproject.toml | $(VENV)/bin/python
