@@ -30,8 +30,7 @@ __device__ __forceinline__ void scan_blocks(OrderShared& shared, int* before, in
 __device__ __forceinline__ void count_columns(const ColumnOrder& order, const OrderScratch& scratch,
                                               int row_tiles) {
   int found = 0;
-  // The last blocks first: the others scan row tiles.
-  for (int word = (gridDim.x - 1 - blockIdx.x) * kThreads + threadIdx.x; word < order.kept.words;
+  for (int word = blockIdx.x * kThreads + threadIdx.x; word < order.kept.words;
        word += gridDim.x * kThreads) {
     uint32 any = 0;
 #pragma unroll 8
@@ -41,9 +40,9 @@ __device__ __forceinline__ void count_columns(const ColumnOrder& order, const Or
   if (found > 0) atomicAdd(scratch.any, found);
 }
 
-// The chunk of a block of the vocabulary.
-__device__ __forceinline__ int chunk_of(const ColumnOrder& order, int block) {
-  int low = 0, high = order.chunk[0];
+// The chunk of a block of the vocabulary, of so many.
+__device__ __forceinline__ int chunk_of(const ColumnOrder& order, int chunks, int block) {
+  int low = 0, high = chunks;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     (order.range[middle] <= block ? low : high) = middle;
@@ -53,8 +52,8 @@ __device__ __forceinline__ int chunk_of(const ColumnOrder& order, int block) {
 
 // Keys of all columns, the row tiles that keep each, and their chunks.
 __device__ __forceinline__ void make_keys(const ColumnOrder& order, const OrderScratch& scratch,
-                                          int row_tiles, int shift, int warp, int warps, int lane) {
-  const int chunks = order.chunk[0];
+                                          int chunks, int row_tiles, int shift, int warp, int warps,
+                                          int lane) {
   for (int word = warp; word < order.kept.words; word += warps) {
     const int64 column = static_cast<int64>(word) * kColumnChunk + lane;
     const bool there = column < order.kept.vocab;
@@ -68,7 +67,7 @@ __device__ __forceinline__ void make_keys(const ColumnOrder& order, const OrderS
         tiles = fold_pairs(tiles);
       slots |= static_cast<uint64>(tiles) << (32 * number >> shift);
     }
-    const int chunk = chunk_of(order, word / kWordsOfBlock);
+    const int chunk = chunk_of(order, chunks, word / kWordsOfBlock);
     const int active = __popc(__ballot_sync(~0u, slots != 0));
     if (lane == 0 && active > 0) atomicAdd(scratch.active + chunk, active);
     if (!there) continue;
@@ -179,28 +178,41 @@ __device__ __forceinline__ int first_where(int low, int high, int lane, Holds ho
   return low;
 }
 
-// Cut the vocabulary into chunks of at most `capacity` pairs, lists as whole units; one chunk if
-// `capacity_in_one` holds all, as it does where the two are equal. Where `waiting_rows` columns are nobody's
-// unfinished sums of dE wait in their rows of dC, and chunks may hold as many pairs as one would. Where these
-// must be so many, nothing is cut if there are fewer; else return true. One warp.
+// Pairs of all row tiles. Every warp.
+__device__ __forceinline__ int count_all_pairs(const ColumnOrder& order, int row_tiles, int lane) {
+  int pairs = 0;
+#pragma unroll 2
+  for (int tile = lane; tile < row_tiles; tile += 32)
+    pairs += order.kept_in[static_cast<int64>(tile) * (order.natural_blocks + 1) + order.natural_blocks];
+  return static_cast<int>(__reduce_add_sync(~0u, pairs));
+}
+
+// One chunk. One thread.
+__device__ __forceinline__ void leave_whole(const ColumnOrder& order) {
+  order.range[0] = 0;
+  order.range[1] = order.natural_blocks;
+  order.chunk[0] = 1;
+  order.chunk[2] = 0;
+}
+
+// Cut the vocabulary into chunks of at most `capacity` pairs, lists as whole units. Where `waiting_rows` columns
+// are nobody's unfinished sums of dE wait in their rows of dC, and chunks may hold as many pairs as one would.
+// Where these must be so many, nothing is cut if there are fewer; else return true. One warp.
 __device__ __forceinline__ bool cut_chunks(const ColumnOrder& order, const OrderScratch& scratch,
                                            int row_tiles, int capacity, int capacity_in_one,
                                            int waiting_rows, bool must_wait, int lane) {
   const int* before = scratch.pairs_before;
   const int all = order.natural_blocks, padding = row_tiles * (kListUnit - 1);
   int chunks = 0, first = 0;
-  const bool in_one = capacity == capacity_in_one || before[all] + padding <= capacity_in_one;
-  const bool waits = !in_one && waiting_rows > 0 && order.kept.vocab - *scratch.any >= waiting_rows;
-  if (must_wait && !in_one && !waits) return false;
+  const bool waits = waiting_rows > 0 && order.kept.vocab - *scratch.any >= waiting_rows;
+  if (must_wait && !waits) return false;
   if (waits) capacity = capacity_in_one;
   while (first < all) {
     if (lane == 0) order.range[chunks] = first;
     ++chunks;
     const int limit = before[first] + capacity - padding;
     // A block at least; the capacity holds one.
-    first = in_one ? all
-                   : first_where(first + 1, all, lane,
-                                 [&](int at) { return before[at + 1] > limit; });
+    first = first_where(first + 1, all, lane, [&](int at) { return before[at + 1] > limit; });
   }
   if (lane == 0) {
     order.range[chunks] = all;
@@ -257,7 +269,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int lane = threadIdx.x % 32, warp = blockIdx.x * kWarps + threadIdx.x / 32;
   const int row_tiles = count_row_tiles(*count, first_tile, tiles);
   Barrier barrier{arrived};
-  if (may_wait_in_dc != 0) count_columns(order, scratch, row_tiles);
   scan_blocks(shared, order.kept_in, order.natural_blocks + 1, order.natural_blocks, row_tiles,
               [&](int tile, int block) {
                 int sum = 0;
@@ -267,21 +278,36 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                 return sum;
               });
   barrier.wait();
-  count_pairs(order, scratch, row_tiles);
-  barrier.wait();
-  if (warp == 0) {
-    int rows = 0;
-    if (may_wait_in_dc != 0)
-      rows = static_cast<int>(min(*count, (first_tile + tiles) * kRowTile) - first_tile * kRowTile);
-    const bool cut = cut_chunks(order, scratch, row_tiles, capacity, capacity_in_one, rows,
-                                attempt != 0, lane);
-    if (attempt != 0 && cut && lane == 0) *taken = 1;
+  // What all find alike need not be told: most calls are of one chunk. Where the two capacities are equal all
+  // fits into one.
+  const bool in_one = capacity == capacity_in_one || count_all_pairs(order, row_tiles, lane) +
+                                                             row_tiles * (kListUnit - 1) <=
+                                                         capacity_in_one;
+  int known_chunks = 1;
+  if (in_one) {
+    if (warp == 0 && lane == 0) {
+      leave_whole(order);
+      if (attempt != 0) *taken = 1;
+    }
+  } else {
+    if (may_wait_in_dc != 0) count_columns(order, scratch, row_tiles);
+    count_pairs(order, scratch, row_tiles);
+    barrier.wait();
+    if (warp == 0) {
+      int rows = 0;
+      if (may_wait_in_dc != 0)
+        rows = static_cast<int>(min(*count, (first_tile + tiles) * kRowTile) - first_tile * kRowTile);
+      const bool cut = cut_chunks(order, scratch, row_tiles, capacity, capacity_in_one, rows,
+                                  attempt != 0, lane);
+      if (attempt != 0 && cut && lane == 0) *taken = 1;
+    }
+    barrier.wait();
+    if (attempt != 0 && __ldcg(taken) == 0) return;
+    known_chunks = order.chunk[0];
   }
-  barrier.wait();
-  if (attempt != 0 && __ldcg(taken) == 0) return;
   int shift = 0;
   while (kSlots << shift < row_tiles) ++shift;
-  make_keys(order, scratch, row_tiles, shift, warp, gridDim.x * kWarps, lane);
+  make_keys(order, scratch, known_chunks, row_tiles, shift, warp, gridDim.x * kWarps, lane);
   barrier.wait();
   const int chunks = order.chunk[0];
   if (warp == 0 && lane == 0) place_chunks(order, scratch);
