@@ -23,14 +23,16 @@ __device__ __forceinline__ uint32 mix(uint32 x) {
   return x ^ (x >> 16);
 }
 
-// u in (0, 1] of a row tile and a chunk of columns: a multiple of 2^-24, exact in float32.
+// u in (0, 1] of a row tile and a chunk of columns: a multiple of 2^-24, exact in float32. A lattice that a
+// seed shifts: each alone is uniform, and what row tiles have next to each other, or chunks, is spread evenly.
+constexpr uint32 kTileStep = 0xC13FA9A9u;   // 1 / g of 2^32, where g^3 = g + 1
+constexpr uint32 kChunkStep = 0x91E10DA5u;  // and 1 / g^2
 __device__ __forceinline__ float uniform(uint64 seed, int64 tile, int64 chunk) {
-  uint32 key = mix(static_cast<uint32>(seed >> 32));
-  key = mix(key ^ static_cast<uint32>(seed));
-  const uint32 row = mix(key ^ static_cast<uint32>(tile));
-  const uint32 counter = static_cast<uint32>(chunk) * 0x9E3779B9u;
-  const uint32 hashed = mix(mix(counter + row) ^ mix(row + 1u));
-  return (static_cast<float>(hashed >> 8) + 1.0f) * 0x1p-24f;
+  uint32 shift = mix(static_cast<uint32>(seed >> 32));
+  shift = mix(shift ^ static_cast<uint32>(seed));
+  const uint32 place = shift + static_cast<uint32>(tile) * kTileStep +
+                       static_cast<uint32>(chunk) * kChunkStep;
+  return (static_cast<float>(place >> 8) + 1.0f) * 0x1p-24f;
 }
 
 }  // namespace cce

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import ml_dtypes
 import numpy as np
@@ -62,34 +63,49 @@ def test_thresholds_are_in_range_and_pure():
     assert (u > 0).all()
     assert (u <= 1).all()
     assert (u * 2.0**24 == np.round(u * 2.0**24)).all()
-    # A part of the range is the same numbers: the hash counts, it has no state.
+    # A part of the range is the same numbers: there is no state.
     np.testing.assert_array_equal(kept.uniforms(2**63 + 5, 3, 1000, 1010), u[1000:1010])
 
 
 def test_thresholds_of_record():
     """Every device must compute these: a change here changes every seeded result."""
     u = kept.uniforms(12345678901234567890, 7, 100, 104)
-    expected = [0.4818124771118164, 0.488925039768219, 0.6507259011268616, 0.3156132102012634]
+    expected = [0.30373942852020264, 0.8735796809196472, 0.4434199929237366, 0.013260304927825928]
     np.testing.assert_array_equal(u, np.array(expected, np.float32))
     assert kept.seed_from_targets(np.arange(10)) == 14887653494589264190
 
 
-@pytest.mark.parametrize("stride", ["chunks", "tiles", "seeds"])
-def test_thresholds_are_uniform_along_each_counter(stride):
+def test_thresholds_are_independent_from_seed_to_seed():
     count = 20_000
-    if stride == "chunks":
-        u = kept.uniforms(1, 0, 0, count)
-    elif stride == "tiles":
-        u = np.concatenate([kept.uniforms(1, tile, 5, 6) for tile in range(count)])
-    else:
-        u = np.concatenate([kept.uniforms(seed, 0, 5, 6) for seed in range(count)])
+    u = np.concatenate([kept.uniforms(seed, 0, 5, 6) for seed in range(count)])
     # Kolmogorov-Smirnov at 1e-6: sqrt(count) * distance stays below 2.69.
-    distance = np.abs(np.sort(u) - (np.arange(count) + 0.5) / count).max()
-    assert np.sqrt(count) * distance < 2.69
+    assert np.sqrt(count) * _distance_from_uniform(u) < 2.69
     # Neighbours are not correlated: a sum of products has a standard deviation of 1/12/sqrt(n).
     for lag in (1, 2, 32):
         covariance = np.mean((u[lag:] - 0.5) * (u[:-lag] - 0.5))
         assert abs(covariance) < 5 / 12 / np.sqrt(count)
+
+
+@pytest.mark.parametrize("count", [16, 64, 1000, 20_000])
+@pytest.mark.parametrize("counter", ["chunks", "tiles", "both"])
+def test_neighbouring_thresholds_are_spread_evenly(counter, count):
+    for seed, tile, first in ((0, 0, 0), (1, 1000, 77), (2**64 - 1, 5, 3_000_000)):
+        if counter == "chunks":
+            u = kept.uniforms(seed, tile, first, first + count)
+        elif counter == "tiles":
+            rows = range(tile, tile + count)
+            u = np.concatenate([kept.uniforms(seed, row, first, first + 1) for row in rows])
+        else:
+            side = math.isqrt(count)
+            rows = range(tile, tile + side)
+            u = np.concatenate([kept.uniforms(seed, row, first, first + side) for row in rows])
+        # Independent ones are about sqrt(count) / 2 places away from where an even spread has them.
+        assert len(u) * _distance_from_uniform(u) < 8
+
+
+def _distance_from_uniform(u):
+    """Return the largest distance of the distribution of numbers from the uniform one."""
+    return np.abs(np.sort(u) - (np.arange(len(u)) + 0.5) / len(u)).max()
 
 
 def test_seed_depends_on_each_target_and_its_place():

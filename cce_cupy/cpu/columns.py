@@ -14,6 +14,8 @@ import numpy.typing as npt
 from ..plan import COLUMN_CHUNK, ROW_TILE
 
 _MASK = 0xFFFFFFFF
+_TILE_STEP, _CHUNK_STEP = np.uint32(0xC13FA9A9), np.uint32(0x91E10DA5)
+"""Of the lattice of thresholds, as kTileStep and kChunkStep of kernels_cu/columns.cuh."""
 
 
 def new_bits(tokens: int, vocab: int) -> npt.NDArray[np.uint8]:
@@ -47,8 +49,10 @@ def columns_kept_by_any(bits: npt.NDArray[np.uint8], first: int, last: int) -> n
 def uniforms(seed: int, tile: int, first: int, last: int) -> npt.NDArray[np.float32]:
     """Return the thresholds u of the chunks [first, last) of a row tile.
 
-    A counter-based hash: a pure function of its arguments, in 32-bit integers so that every
-    device computes the same. The 24 leading bits make a float32 exactly.
+    A lattice that the seed shifts: each threshold alone is uniform, whatever the others, so that
+    the filter is unbiased. Over neighbouring row tiles of a chunk, and chunks of a row tile, they
+    are spread evenly, so that of what these have in common less is lost or doubled by chance than
+    with independent ones. In 32-bit integers: every device computes the same.
 
     Parameters
     ----------
@@ -61,14 +65,18 @@ def uniforms(seed: int, tile: int, first: int, last: int) -> npt.NDArray[np.floa
     -------
     ndarray of float32, shape (last - first,)
         Multiples of 2**-24 in (0, 1].
+
+    References
+    ----------
+    M. Roberts, "The unreasonable effectiveness of quasirandom sequences" (2018): the steps are
+    1 / g and 1 / g**2, where g**3 = g + 1.
     """
-    key = _mix(_number(seed >> 32))
-    key = _mix(key ^ _number(seed))
-    row = _mix(key ^ _number(tile))
-    chunk = np.arange(first, last, dtype=np.uint32) * np.uint32(0x9E3779B9)
-    # Two keys and two rounds: with one, the rows of two tiles could be shifts of each other.
-    hashed = _mix(_mix(chunk + row) ^ _mix(row + np.uint32(1)))
-    return ((hashed >> np.uint32(8)).astype(np.float32) + np.float32(1)) * np.float32(2.0**-24)
+    shift = _mix(_number(seed >> 32))
+    shift = _mix(shift ^ _number(seed))
+    chunk = np.arange(first, last, dtype=np.uint32) * _CHUNK_STEP
+    # The leading 24 bits make a float32 exactly.
+    place: npt.NDArray[np.uint32] = (shift + _number(tile) * _TILE_STEP + chunk) >> np.uint32(8)
+    return (place.astype(np.float32) + np.float32(1)) * np.float32(2.0**-24)
 
 
 def seed_from_targets(targets: npt.NDArray[np.int64]) -> int:
