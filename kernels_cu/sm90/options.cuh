@@ -44,6 +44,20 @@ __device__ __forceinline__ void make_logits(Block z, const ForwardArguments& cal
   }
   if (call.options.softcap <= 0.0) return;
   const float cap = static_cast<float>(call.options.softcap), inverse = 1.0f / cap;
+  // Few logits are beyond the cap; a warp without any takes half of the instructions. A NaN, which is no one's
+  // largest, comes out of either.
+  float largest[4] = {};
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) largest[i % 4] = fmaxf(largest[i % 4], fabsf(z[i]));
+  largest[0] = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+  if (__all_sync(~0u, largest[0] <= kSeriesReach * cap)) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const float x = z[i] * inverse;
+      z[i] = fmaf(z[i], tangent_series(x * x), z[i]);
+    }
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < kSums; i += 4) {
     float tangent[4];
