@@ -290,10 +290,11 @@ class Launcher:
     def _forward_on_hopper(self, cut: HopperForward, *, bits: int, statistics: bool) -> None:
         problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
         known = room["own"], room["bound"], room["finished"], room["target_logit"]
+        packed = room["packed"] if cut.packs else 0
         self.launch(
             "sm90/rows", "target_logits", (-(-plan.capacity * 32 // _THREADS), 1), (_THREADS, 1),
             *self.e, *self.c, inputs.bias, problem.dim, *self.logit_options, *self.map, *known,
-            bits, plan.saved["bits"] // 4 if bits else 0,
+            packed, plan.capacity, bits, plan.saved["bits"] // 4 if bits else 0,
         )  # fmt: skip
         if bits:
             self.launch(
@@ -311,12 +312,15 @@ class Launcher:
         blocks = -(-cut.blocks // cluster) * cluster
         shape, box = (problem.tokens, problem.dim), (ROW_TILE, _DEPTH)
         e_map = TensorMap(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, box)
+        # Of something, where nothing is packed.
+        packed_map = TensorMap(packed, shape, problem.dim, problem.dtype, box) if packed else e_map
         shape, box = (problem.vocab, problem.dim), (TILE_COLUMNS // cluster, _DEPTH)
         c_map = TensorMap(inputs.c.pointer, shape, inputs.c.stride, problem.dtype, box)
         self.launch(
-            f"sm90/{file}", name, (blocks, 1), (_FORWARD_THREADS, 1), e_map, c_map,
-            *self.e, *self.map, inputs.bias, room["smoothing"] if plan.smooths else 0, problem.dim,
-            problem.vocab, *self.logit_options, *self.filter(), cut.unit_tiles, cut.group,
+            f"sm90/{file}", name, (blocks, 1), (_FORWARD_THREADS, 1),
+            e_map, packed_map, c_map, *self.e, *self.map, packed, inputs.bias,
+            room["smoothing"] if plan.smooths else 0, problem.dim, problem.vocab,
+            *self.logit_options, *self.filter(), cut.unit_tiles, cut.group,
             *known, *self._unit_sums(statistics), plan.capacity, bits, plan.words,
         )  # fmt: skip
 

@@ -28,9 +28,9 @@ LISTS = "PPi0P"
 ROW_FACTORS = "3P"
 RECORDS = "2P"
 UNIT_SUMS = "6P"
-HOPPER_FORWARD = (
-    MATRIX + ROW_MAP + "PPqq" + LOGIT_OPTIONS + FILTER + "ii4P" + UNIT_SUMS + "qPq"
-)  # e, map; bias, smoothing, dim, vocab; how it is cut, rows' own; sums; capacity, bits, words
+HOPPER_FORWARD = MATRIX + ROW_MAP + "PPPqq" + LOGIT_OPTIONS + FILTER + "ii4P" + UNIT_SUMS + "qPq"
+"""e, map; packed rows, bias, smoothing, dim, vocab; how it is cut, what is known of rows; sums;
+capacity, bits, words."""
 
 KEPT_COLUMNS = "PqPq"
 COLUMN_ORDER = KEPT_COLUMNS + "8Piiii0P"
@@ -53,7 +53,7 @@ _FORWARD = (
     MATRIX, MATRIX, POINTER, POINTER, INT64, INT64, INT64, INT64, LOGIT_OPTIONS, FILTER, ROW_MAP,
     POINTER, POINTER, SEGMENT_SUMS, POINTER, INT64,
 )  # fmt: skip
-_HOPPER_FORWARD = (TENSOR_MAP, TENSOR_MAP, HOPPER_FORWARD)
+_HOPPER_FORWARD = (TENSOR_MAP, TENSOR_MAP, TENSOR_MAP, HOPPER_FORWARD)
 
 PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
     "portable/tokens.cu": {
@@ -94,7 +94,8 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "sm90/rows.cu": {
         "target_logits": (
-            MATRIX, MATRIX, POINTER, INT64, LOGIT_OPTIONS, ROW_MAP, *[POINTER] * 5, INT64
+            MATRIX, MATRIX, POINTER, INT64, LOGIT_OPTIONS, ROW_MAP, *[POINTER] * 5, INT64,
+            POINTER, INT64,
         ),
         "finish_rows": (
             ROW_MAP, UNIT_SUMS, INT64, INT64, POINTER, LOSS_OPTIONS, WEIGHTS, ROW_OUTPUTS, LOSS_SUM

@@ -244,14 +244,26 @@ def test_hopper_units_cover_the_logits_and_fill_the_device(tokens, dim, vocab):
         assert rounds * cut.unit_tiles <= 1.06 * row_blocks * tiles / clusters
 
 
+def test_hopper_packs_rows_where_they_fit_into_the_workspace():
+    for tokens, workspace, packs in (
+        (8192, None, True),
+        (8192, 2**24, False),
+        (2**17, None, False),
+    ):
+        given = problem(tokens, 2304, 256000, "bfloat16", workspace_bytes=workspace)
+        plan = make_gpu_plan(given, H100)
+        assert plan.hopper.packs == packs
+        assert plan.forward["packed"] == plan.statistics["packed"] == packs * 2 * 2304 * tokens
+
+
 def test_hopper_takes_room_for_statistics_only_with_them():
     plan = make_gpu_plan(problem(8192, 640, 262144, "bfloat16"), H100)
     table = 4 * plan.hopper.parts * 8192
     assert plan.forward["unit_rest"] == plan.statistics["unit_best"] == table
     assert plan.forward.items() <= plan.statistics.items()
     assert "unit_best" not in plan.forward
-    # Two numbers for each row and part: small beside the logits, 4 GiB here.
-    assert sum(plan.forward.values()) <= 2**24
+    # Two numbers for each row and part, and a copy of e: small beside the logits, 4 GiB here.
+    assert sum(plan.forward.values()) - 2 * 8192 * 640 <= 2**24
 
 
 def test_sources_for_hopper_are_compiled_where_the_plan_chooses_them():

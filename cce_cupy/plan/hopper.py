@@ -55,6 +55,9 @@ class HopperForward:
     parts : int
         Partial sums that are left for each row: one of each unit across the vocabulary and each
         of the two warp groups that take turns.
+    packs : bool
+        Whether there is room for a copy of the rows of e that count, one after the other: around
+        ignored tokens they then come as fast as where none is ignored.
     """
 
     kernel: str
@@ -62,6 +65,7 @@ class HopperForward:
     unit_tiles: int
     group: int
     parts: int
+    packs: bool
 
 
 def refuse_hopper(problem: Problem, capability: tuple[int, int], aligned: bool) -> str | None:
@@ -109,6 +113,8 @@ def plan_hopper_forward(problem: Problem, processors: int) -> HopperForward:
         unit_tiles=unit_tiles,
         group=group_rows(row_blocks, rows * problem.dim * ITEMSIZE[problem.dtype]),
         parts=_CONSUMERS * -(-tiles // unit_tiles),
+        packs=problem.tokens * problem.dim * ITEMSIZE[problem.dtype]
+        <= (problem.workspace_bytes or DEFAULT_WORKSPACE_BYTES),
     )
 
 

@@ -221,7 +221,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads,
   order.group = call.group;
   if (threadIdx.x < kGroupThreads) {
     give_registers<kCopyRegisters>();
-    copy_tiles<kCluster, true>(shared, e_map, c_map, call, static_cast<int>(call.tokens), order, rank);
+    copy_tiles<kCluster, true>(shared, e_map, e_map, c_map, call, static_cast<int>(call.tokens), order,
+                               rank);
   } else {
     take_registers<kSumRegisters>();
     form_tiles(shared, call, order);

@@ -49,22 +49,6 @@ struct Unit {
   }
 };
 
-// The rows of a row tile: where they start, how many there are, and whether those of e follow each
-// other, which one copy needs.
-struct TileRows {
-  int top;
-  int number;
-  int source;
-  bool follow;
-
-  __device__ __forceinline__ TileRows(const RowMap& map, int count, int tile) {
-    top = tile * kTileM;
-    number = max(min(count - top, kTileM), 0);
-    source = number > 0 ? static_cast<int>(map.source[top]) : 0;
-    follow = number == 0 || map.source[top + number - 1] - source == number - 1;
-  }
-};
-
 // Hand a stage back to those who fill it, in every block of the cluster.
 template <int kCluster>
 __device__ __forceinline__ void release(const uint64& empty) {
@@ -78,12 +62,13 @@ __device__ __forceinline__ void release(const uint64& empty) {
 }
 
 // Fill stages, unit by unit. Boxes of c, and of e where its rows follow each other, are asked for by
-// one thread; around ignored tokens all threads copy e word by word, and warps take turns at asking.
-// kAllFollow says that there are none of those.
+// one thread. Around ignored tokens boxes come from the packed rows; where there was no room for those all
+// threads copy e word by word, and warps take turns at asking. kAllFollow says that no token is ignored.
 template <int kCluster, bool kAllFollow, typename Memory, typename Arguments>
 __device__ __forceinline__ void copy_tiles(Memory& shared, const TensorMap& e_map,
-                                           const TensorMap& c_map, const Arguments& call, int count,
-                                           const Order& order, uint32 rank) {
+                                           const TensorMap& packed_map, const TensorMap& c_map,
+                                           const Arguments& call, int count, const Order& order,
+                                           uint32 rank) {
   constexpr int kShare = kTileN / kCluster;  // a block's share of the columns it copies for all
   constexpr int kWordBytes = 16, kWordElements = kWordBytes / sizeof(Storage);
   constexpr int kWordsOfRow = kTileK / kWordElements;
@@ -95,75 +80,95 @@ __device__ __forceinline__ void copy_tiles(Memory& shared, const TensorMap& e_ma
   const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
   const int steps = (dim + kTileK - 1) / kTileK;
   const int units = order.row_blocks * order.across();
-  const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
-  const uint32 place_in_stage = (first * kWordsOfRow + (word ^ first % 8)) * kWordBytes;
   RingPlace<kStages> place;
   if (thread == 0) {
     prefetch_map(e_map);
     prefetch_map(c_map);
   }
-  for (int number = blockIdx.x / kCluster; number < units; number += gridDim.x / kCluster) {
-    const Unit unit(order, number);
-    const TileRows rows(call.map, count, unit.row_block * kCluster + rank);
-    const bool follow = kAllFollow || rows.follow;
-    // Barriers take whole warps, of which some threads may have had less to do.
-    __syncwarp();
-    // Of this thread's words: one of eight in each of eight rows, sixteen rows apart.
-    uint32 word_of_row[kRowsOfThread];
-    if (!follow) {
-      // The others may come to it no earlier than the one who copied all before.
-      named_sync<kCopiers, kGroupThreads>();
-#pragma unroll
-      for (int i = 0; i < kRowsOfThread; ++i) {
-        // Rows past the last count for nothing, whatever they hold.
-        const int row = min(first + i * kRowStep, rows.number - 1);
-        const int64 at = call.map.source[rows.top + row] * call.e.stride + word * kWordElements;
-        word_of_row[i] = static_cast<uint32>(at / kWordElements);
-      }
-    } else if (thread != 0) {
+  auto ask_for_columns = [&](Stage& stage, int tile, int step, uint32 full) {
+    // Read anew: a number less to hold.
+    const int share_before = kCluster == 1 ? 0 : static_cast<int>(rank_in_cluster()) * kShare;
+    const int left = tile * kTileN + share_before;
+    Storage* share = stage.c + share_before * kTileK;
+    if (kCluster == 1) {
+      copy_box(shared_address(share), c_map, step * kTileK, left, full, kEvictFirst);
+    } else {
+      copy_box_to_blocks(shared_address(share), c_map, step * kTileK, left, full,
+                         (1 << kCluster) - 1, kEvictFirst);
+    }
+  };
+  auto copy_boxes = [&](const Unit& unit, const TensorMap& map, int top) {
+    if (thread != 0) {
       place.skip((unit.last - unit.first) * steps);
-      continue;
+      return;
     }
     for (int tile = unit.first; tile < unit.last; ++tile)
       for (int step = 0; step < steps; ++step, place.next()) {
         Stage& stage = shared.stage[place.stage];
         wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
         const uint32 full = shared_address(&shared.ring.full[place.stage]);
-        if (thread == (follow ? 0 : step % kWarps * 32)) {
-          mbarrier_expect_bytes(full, sizeof(stage.c) + (follow ? sizeof(stage.e) : 0));
-          const int left = tile * kTileN + static_cast<int>(rank) * kShare;
-          Storage* share = stage.c + rank * kShare * kTileK;
-          if (kCluster == 1) {
-            copy_box(shared_address(share), c_map, step * kTileK, left, full, kEvictFirst);
-          } else {
-            copy_box_to_blocks(shared_address(share), c_map, step * kTileK, left, full,
-                               (1 << kCluster) - 1, kEvictFirst);
-          }
-          if (follow) {
-            copy_box(shared_address(stage.e), e_map, step * kTileK, rows.source, full, kEvictLast);
-            mbarrier_arrive(full, kGroupThreads);
-          }
-        }
-        if (!follow) {
-          const uint32 to = shared_address(stage.e) + place_in_stage;
-          const Storage* from = call.e.data + step * kTileK;
-          const uint32 bytes = step * kTileK + word * kWordElements < dim ? kWordBytes : 0;
-          KeptAddresses kept;
-#pragma unroll
-          for (int i = 0; i < kRowsOfThread; i += kCopies) {
-            const Storage* of_row[kCopies];
-#pragma unroll
-            for (int k = 0; k < kCopies; ++k)
-              of_row[k] = from + static_cast<uint64>(word_of_row[i + k]) * kWordElements;
-#pragma unroll
-            for (int k = 0; k < kCopies; ++k)
-              copy_word(to + (i + k) * kRowStep * kTileK * sizeof(Storage), of_row[k], bytes);
-            kept.keep(of_row);
-          }
-          kept.finish();
-          arrive_after_words(full);
-        }
+        mbarrier_expect_bytes(full, sizeof(stage.c) + sizeof(stage.e));
+        ask_for_columns(stage, tile, step, full);
+        copy_box(shared_address(stage.e), map, step * kTileK, top, full, kEvictLast);
+        mbarrier_arrive(full, kGroupThreads);
       }
+  };
+  auto copy_words = [&](const Unit& unit, const TileRows& rows) {
+    // The others may come to it no earlier than the one who copied all before.
+    named_sync<kCopiers, kGroupThreads>();
+    // Read anew, so that boxes are copied without what follows from it.
+    const int number = this_thread() + kGroupThreads;
+    const int word = number % kWordsOfRow, first = number / kWordsOfRow;
+    const uint32 place_in_stage = (first * kWordsOfRow + (word ^ first % 8)) * kWordBytes;
+    // Of this thread's words: one of eight in each of eight rows, sixteen rows apart.
+    uint32 word_of_row[kRowsOfThread];
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      // Rows past the last count for nothing, whatever they hold.
+      const int row = min(first + i * kRowStep, rows.number - 1);
+      const int64 at = call.map.source[rows.top + row] * call.e.stride + word * kWordElements;
+      word_of_row[i] = static_cast<uint32>(at / kWordElements);
+    }
+    for (int tile = unit.first; tile < unit.last; ++tile)
+      for (int step = 0; step < steps; ++step, place.next()) {
+        Stage& stage = shared.stage[place.stage];
+        wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
+        const uint32 full = shared_address(&shared.ring.full[place.stage]);
+        if (thread == step % kWarps * 32) {
+          mbarrier_expect_bytes(full, sizeof(stage.c));
+          ask_for_columns(stage, tile, step, full);
+        }
+        const uint32 to = shared_address(stage.e) + place_in_stage;
+        const Storage* from = call.e.data + step * kTileK;
+        const uint32 bytes = step * kTileK + word * kWordElements < dim ? kWordBytes : 0;
+        KeptAddresses kept;
+#pragma unroll
+        for (int i = 0; i < kRowsOfThread; i += kCopies) {
+          const Storage* of_row[kCopies];
+#pragma unroll
+          for (int k = 0; k < kCopies; ++k)
+            of_row[k] = from + static_cast<uint64>(word_of_row[i + k]) * kWordElements;
+#pragma unroll
+          for (int k = 0; k < kCopies; ++k)
+            copy_word(to + (i + k) * kRowStep * kTileK * sizeof(Storage), of_row[k], bytes);
+          kept.keep(of_row);
+        }
+        kept.finish();
+        arrive_after_words(full);
+      }
+  };
+  for (int number = blockIdx.x / kCluster; number < units; number += gridDim.x / kCluster) {
+    const Unit unit(order, number);
+    const TileRows rows(call.map, count, unit.row_block * kCluster + rank);
+    // Barriers take whole warps, of which some threads may have had less to do.
+    __syncwarp();
+    if constexpr (kAllFollow) {
+      copy_boxes(unit, e_map, rows.source);
+    } else if (rows.follow || call.packed != nullptr) {
+      copy_boxes(unit, rows.follow ? e_map : packed_map, rows.follow ? rows.source : rows.top);
+    } else {
+      copy_words(unit, rows);
+    }
   }
 }
 
@@ -183,14 +188,15 @@ __device__ __forceinline__ void give_turn(int consumer) {
   }
 }
 
-// Multiply the stages of a tile; those of the last are under way still, and the stage is returned.
+// Multiply the stages of a tile; those of the last are under way still, and the stage is returned. In some
+// launches rows of e may come as words.
 template <int kCluster, typename Memory>
 __device__ __forceinline__ int multiply_tile(float (&z)[kBlocksM][kSums], Memory& shared,
-                                             RingPlace<kStages>& place, int steps, bool follow) {
+                                             RingPlace<kStages>& place, int steps, bool boxes_only) {
   auto receive = [&]() -> const Stage& {
     wait_for(shared.ring.full[place.stage], place.parity);
     // What words came as is written in the ordinary way, and read by the matrix unit.
-    if (!follow) fence_async_proxy();
+    if (!boxes_only) fence_async_proxy();
     product_fence();
     return shared.stage[place.stage];
   };
@@ -266,7 +272,6 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
     const Unit unit(order, number);
     const int rank = kCluster == 1 ? 0 : static_cast<int>(rank_in_cluster());
     const int row_tile = unit.row_block * kCluster + rank;
-    const bool follow = TileRows(call.map, count, row_tile).follow;
     shared.last[this_thread()] = unit.last;
     shared.row_tile[this_thread()] = row_tile;
     shared.part[this_thread()] = kConsumers * unit.across + this_thread() / kGroupThreads;
@@ -288,17 +293,22 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
         continue;
       }
       take_turn(this_thread() / kGroupThreads);
-      const int done = multiply_tile<kCluster>(z, shared, place, steps, follow);
+      const int done = multiply_tile<kCluster>(z, shared, place, steps, call.packed != nullptr);
       // The other's products may queue behind these.
       give_turn(1 - this_thread() / kGroupThreads);
-      if (!kStatistics && call.bits != nullptr &&
-          (steps >= kLongTile || (tile - unit.first) / kConsumers % kShareEvery == 0))
+      const bool shares = !kStatistics && call.bits != nullptr &&
+                          (steps >= kLongTile || (tile - unit.first) / kConsumers % kShareEvery == 0);
+      if (shares) {
+        // This takes longer than the products that are left.
         share_bounds(shared, call, count);
+        product_wait<0>();
+        release<kCluster>(shared.ring.empty[done]);
+      }
       // The first block of rows is summed up from where its products are done, beside the last of the others.
       product_wait<kBlocksM - 1>();
       finish_tile<kPlain, kStatistics>(z, shared, call, count, tile * kTileN, [&] {
         product_wait<0>();
-        release<kCluster>(shared.ring.empty[done]);
+        if (!shares) release<kCluster>(shared.ring.empty[done]);
       });
     }
     for (int m = 0; m < kBlocksM; ++m)
@@ -329,8 +339,8 @@ __device__ __forceinline__ void sum_tiles(Shared& shared, const ForwardArguments
 }
 
 template <int kCluster, bool kPlain, bool kStatistics>
-__device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_map,
-                                    const ForwardArguments& given) {
+__device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& packed_map,
+                                    const TensorMap& c_map, const ForwardArguments& given) {
   extern __shared__ unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(
       memory + (alignof(Stage) - shared_address(memory) % alignof(Stage)) % alignof(Stage));
@@ -359,7 +369,7 @@ __device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_m
   order.group = given.group;
   if (threadIdx.x < kGroupThreads) {
     give_registers<kCopyRegisters>();
-    copy_tiles<kCluster, false>(shared, e_map, c_map, given, count, order, rank);
+    copy_tiles<kCluster, false>(shared, e_map, packed_map, c_map, given, count, order, rank);
   } else {
     take_registers<kSumRegisters>();
     sum_tiles<kCluster, kPlain, kStatistics>(shared, given, count, order);
@@ -376,7 +386,9 @@ __device__ __forceinline__ void run(const TensorMap& e_map, const TensorMap& c_m
 // A kernel. Grid: as many clusters as fit on the device.
 #define CCE_FORWARD(name, cluster, plain, statistics)                                        \
   extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(kThreads, 1)  \
-      name(const __grid_constant__ TensorMap e_map, const __grid_constant__ TensorMap c_map, \
+      name(const __grid_constant__ TensorMap e_map,                                          \
+           const __grid_constant__ TensorMap packed_map,                                     \
+           const __grid_constant__ TensorMap c_map,                                          \
            const __grid_constant__ ForwardArguments given) {                                 \
-    run<cluster, plain, statistics>(e_map, c_map, given);                                    \
+    run<cluster, plain, statistics>(e_map, packed_map, c_map, given);                        \
   }

@@ -21,6 +21,22 @@ struct alignas(1024) Stage {
   Storage c[kTileN * kTileK];
 };
 
+// The rows of a row tile: where they start, how many there are, and whether those of e follow each
+// other, which one copy needs.
+struct TileRows {
+  int top;
+  int number;
+  int source;
+  bool follow;
+
+  __device__ __forceinline__ TileRows(const RowMap& map, int count, int tile) {
+    top = tile * kTileM;
+    number = max(min(count - top, kTileM), 0);
+    source = number > 0 ? static_cast<int>(map.source[top]) : 0;
+    follow = number == 0 || map.source[top + number - 1] - source == number - 1;
+  }
+};
+
 // Where a thread's sums of a block lie: those of i stand in row(i) and column(i).
 struct SumPlace {
   __device__ __forceinline__ static int row(int lane, int half) { return lane / 4 + 8 * half; }

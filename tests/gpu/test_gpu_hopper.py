@@ -162,6 +162,52 @@ def test_rows_of_ignored_tokens_may_hold_anything(cupy, dtype, filtering, counte
 
 
 @pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("ignored", ["singly", "runs", "shift"])
+def test_packed_rows_give_the_bits_of_words(cupy, dtype, ignored):
+    """Around ignored tokens rows of e come packed where there is room, else word by word."""
+    case = problem(n=1500, v=3000, d=264, dtype=dtype, reduction="none")
+    rng = case.rng()
+    case.targets[:] = rng.integers(0, 3000, 1500)
+    if ignored == "shift":
+        case.options["shift"] = 1
+        case.targets[1000:1100] = -100
+    else:
+        length = 1 if ignored == "singly" else 50
+        case.targets[np.repeat(rng.random(1500 // length) < 0.5, length)] = -100
+    arguments = sent(cupy, case)
+    found, packs = [], []
+    for size in (None, 2**19):
+        packs.append(plan_of(case, workspace_bytes=size).hopper.packs)
+        found.append(
+            bits(
+                cupy,
+                cce_cupy.linear_cross_entropy(**arguments, return_lse=True, workspace_bytes=size),
+            )
+        )
+    assert packs == [True, False]
+    assert found[0] == found[1]
+    results = Road(cupy).linear_cross_entropy_value_and_grad(
+        *case.arrays, **case.options, **UNFILTERED
+    )
+    check(case, results)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("softcap", [0.5, 4.0, 30.0, 1000.0])
+@pytest.mark.parametrize("length", [0.02, 1.0, 5.0])
+def test_softcaps_near_the_logits_and_far(cupy, dtype, softcap, length):
+    """Where no logit of a warp comes near the cap its tanh is a short series."""
+    case = problem(n=200, v=700, d=136, dtype=dtype, softcap=softcap)
+    case.e[:] = (case.e.astype(np.float32) * length).astype(case.e.dtype)
+    # Of a warp some are far and some near.
+    case.e[150:] = (case.e[150:].astype(np.float32) * 0.01).astype(case.e.dtype)
+    results = Road(cupy).linear_cross_entropy_value_and_grad(
+        *case.arrays, **case.options, **UNFILTERED
+    )
+    check(case, results)
+
+
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("filtering", FILTERS)
 def test_rows_of_removed_entries_may_hold_anything(cupy, dtype, filtering):
     case = problem(n=300, v=2000, d=64, dtype=dtype)
