@@ -46,13 +46,9 @@ class JaxFramework(Framework):
         """Return what an argument looks like."""
         if isinstance(array, jax.core.Tracer):
             return ArraySpec(tuple(array.shape), array.dtype.name, UNPLACED)
-        places = sorted(_place(device) for device in array.devices())
-        if len(places) > 1 and places[0] != "cpu":
-            raise ValueError(
-                f"{name} is spread over {', '.join(places)}: arrays on one GPU are accepted; "
-                "jax.shard_map lets each GPU work on its part"
-            )
-        return ArraySpec(tuple(array.shape), array.dtype.name, places[0])
+        # XLA gathers what is spread over several.
+        place = min(map(_place, array.devices()))
+        return ArraySpec(tuple(array.shape), array.dtype.name, place)
 
     def check_options(self, options: Options) -> None:
         """Raise for options that are traced: they decide what is compiled."""

@@ -45,6 +45,14 @@ def kernels_of_the_device():
     Tolerances.rounds_dz = False
 
 
+@pytest.fixture(autouse=True)
+def first_device():
+    """Begin each test on the first GPU: XLA leaves that current which it worked on last."""
+    import cupy
+
+    cupy.cuda.Device(0).use()
+
+
 def pytest_report_header():
     if missing() is not None:
         return None
