@@ -54,6 +54,17 @@ def test_every_part_of_the_sanitizer_is_listed_once(side_by_side):
     assert filters.count("gradient_filter") == len(side_by_side.FILTERS)
 
 
+def test_jobs_are_spread_over_devices(side_by_side):
+    listed = list(side_by_side.jobs(side_by_side.KINDS, 4))
+    assert side_by_side.spread(listed, 1) == listed
+    found = side_by_side.spread(listed, 2)
+    assert [job.name for job in found] == [job.name for job in listed]
+    devices = [job.environment.get("CUDA_VISIBLE_DEVICES") for job in found]
+    assert devices[:3] == [None, "1", "0"]
+    assert found[1].environment["HYPOTHESIS_PROFILE"] == "large"
+    assert devices.count("0") == devices.count("1") - 1
+
+
 def test_a_failure_is_the_status_of_all(side_by_side, tmp_path, monkeypatch, capsys):
     def listed(kinds, places):
         yield side_by_side.Job(*python("one", "print('2 passed')"))

@@ -1,6 +1,7 @@
 """Everything that is run of the kernels on a GPU, side by side: suites, large profile, sanitizer.
 
-    python tests/gpu/side_by_side.py LOGS [--seconds 600] [--places 8] [--only suites sanitizer]
+    python tests/gpu/side_by_side.py LOGS [--seconds 600] [--places 8] [--devices 2]
+        [--only suites sanitizer]
 
 One after the other they take an hour, nearly all of it Python's on one core. What has not ended
 when the time is over is ended, and counts as failed. LOGS is a folder for what each has printed.
@@ -64,6 +65,19 @@ def jobs(kinds: Sequence[str], places: int) -> Iterator[Job]:
             yield Job(f"{tool} {dtype} {number}", [*sanitizer, *script, *part])
 
 
+def spread(listed: Sequence[Job], devices: int) -> list[Job]:
+    """Give jobs a GPU each in turn; suites see all of them, the first of which they work on."""
+    numbers = itertools.cycle(reversed(range(devices)))
+    return [
+        job
+        if job.name == "suites" or devices == 1
+        else job._replace(
+            environment={**job.environment, "CUDA_VISIBLE_DEVICES": str(next(numbers))}
+        )
+        for job in listed
+    ]
+
+
 def run_side_by_side(
     listed: Sequence[Job], logs: Path, seconds: float, places: int
 ) -> Iterator[Outcome]:
@@ -116,9 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3600.0)
     parser.add_argument("--places", type=int, default=max((os.cpu_count() or 2) // 2, 1))
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--devices", type=int, default=1, help="GPUs to spread the jobs over")
     given = parser.parse_args(arguments)
     given.logs.mkdir(parents=True, exist_ok=True)
-    listed = list(jobs(given.only, given.places))
+    listed = spread(list(jobs(given.only, given.places)), given.devices)
     failed = 0
     for outcome in run_side_by_side(listed, given.logs, given.seconds, given.places):
         failed += outcome.status != 0
