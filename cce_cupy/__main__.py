@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ def _run(parsed: argparse.Namespace) -> int:
     if parsed.command == "warmup":
         from .commands import warmup
 
-        return warmup.run(parsed.dtype)
+        return warmup.run(parsed.dtype, parsed.processes)
     if parsed.command == "bench":
         from .commands import bench
 
@@ -110,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=FLOAT_DTYPES,
         default=FLOAT_DTYPES,
         help="of the arrays to come (default: all)",
+    )
+    warmup.add_argument(
+        "--processes",
+        type=_at_least(1),
+        default=os.cpu_count() or 1,
+        help="files that are compiled at a time (default: the number of processors)",
     )
     bench = commands.add_parser(
         "bench",

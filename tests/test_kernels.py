@@ -1,6 +1,7 @@
 """The CUDA sources and their compiler, without a GPU; a stub stands for CuPy."""
 
 import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -285,9 +286,15 @@ def test_warmup_loads_every_kernel_of_the_dtypes(
     use: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(StubCupy(devices=2))
-    cached = {(file, "float16"): 0.125 for file in compiler.KERNELS}
-    monkeypatch.setattr(warmup, "_load_in_fresh_process", lambda dtypes: cached)
+    asked = []
+
+    def fresh(device: int, units: list[tuple[str, str]]) -> warmup.Seconds:
+        asked.append((device, units))
+        return dict.fromkeys(units, 0.125)
+
+    monkeypatch.setattr(warmup, "_load_in_fresh_process", fresh)
     assert warmup.run(["float16"]) == 0
+    assert asked == [(0, warmup.list_units(0, ["float16"]))]
     assert set(compiler._kernels) == {
         (device, file, name, "float16")
         for device in range(2)
@@ -300,3 +307,26 @@ def test_warmup_loads_every_kernel_of_the_dtypes(
     assert "cuda:1, NVIDIA Stub" in shown
     assert shown.count("portable/forward.cu") == 2
     assert "0.12" in shown
+
+
+def test_warmup_compiles_side_by_side_what_a_kind_of_gpu_needs(
+    use: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file in a process of its own, once; one that fails is left to the process that loads."""
+    use(StubCupy(devices=2))
+    units = {device: warmup.list_units(device, ["float16", "float32"]) for device in range(2)}
+    asked = []
+
+    def fresh(device: int, given: list[tuple[str, str]]) -> warmup.Seconds:
+        asked.append((device, given))
+        if given == [("portable/tokens.cu", "float16")]:
+            raise subprocess.CalledProcessError(1, "python")
+        return dict.fromkeys(given, 12.5)
+
+    monkeypatch.setattr(warmup, "_load_in_fresh_process", fresh)
+    assert warmup.run(["float16", "float32"], processes=3) == 0
+    alone = [(device, [unit]) for device in range(2) for unit in units[device]]
+    assert sorted(asked[:-1]) == sorted(alone)
+    assert asked[-1] == (0, units[0])
+    shown = capsys.readouterr().out
+    assert shown.count("12.50") == len(alone) - 2 + len(units[0])

@@ -71,8 +71,10 @@ def test_a_failure_is_the_status_of_all(side_by_side, tmp_path, monkeypatch, cap
         yield side_by_side.Job(*python("two", "raise SystemExit(1)"))
 
     monkeypatch.setattr(side_by_side, "jobs", listed)
+    monkeypatch.setattr(side_by_side, "warm_up", lambda: print("compiled"))
     assert side_by_side.main([str(tmp_path / "logs"), "--places", "1"]) == 1
     printed = capsys.readouterr().out
+    assert printed.startswith("compiled\n")
     assert "one: status 0" in printed
     assert "2 passed" in printed
     assert printed.endswith("1 passed, 1 failed\n")

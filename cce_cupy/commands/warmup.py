@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from types import ModuleType
 
 from rich.console import Console
@@ -19,7 +21,7 @@ Seconds = dict[tuple[str, str], float]
 """By source file and dtype."""
 
 
-def run(dtypes: Sequence[str] = tuple(DTYPES)) -> int:
+def run(dtypes: Sequence[str] = tuple(DTYPES), processes: int = 1) -> int:
     """Compile and load every kernel on every GPU in sight, and print how long it took.
 
     The compiled kernels stay in CuPy's cache on disk, which the next process reads. The times of
@@ -29,6 +31,8 @@ def run(dtypes: Sequence[str] = tuple(DTYPES)) -> int:
     ----------
     dtypes : sequence of str
         Those of the arrays to come.
+    processes : int
+        Files that are compiled at a time, each in a process of its own; with 1 in this one.
 
     Returns
     -------
@@ -38,47 +42,84 @@ def run(dtypes: Sequence[str] = tuple(DTYPES)) -> int:
     """
     try:
         cupy = import_cupy()
-        devices = count_devices(cupy)
+        devices = range(count_devices(cupy))
     except (ImportError, RuntimeError) as error:
         return _complain(str(error))
+    first, kinds = [], set()
     try:
-        first = [load(device, dtypes) for device in range(devices)]
+        for device in devices:
+            units, compiled = list_units(device, dtypes), {}
+            capability = capability_of(device)
+            if processes > 1 and capability not in kinds:
+                compiled = compile_side_by_side(device, units, processes)
+            kinds.add(capability)
+            first.append(load(device, units) | compiled)
     except KernelError as error:
         return _complain(str(error))
-    again = _load_in_fresh_process(dtypes)
+    # One process is enough to time the cache: it holds one entry for GPUs of one kind.
+    again = _load_in_fresh_process(0, list_units(0, dtypes))
     console = Console()
     for device, seconds in enumerate(first):
         name = cupy.cuda.runtime.getDeviceProperties(device)["name"].decode(errors="replace")
-        # One process is enough to time the cache: it holds one entry for GPUs of one kind.
         console.print(_table(f"cuda:{device}, {name}", seconds, again if device == 0 else {}))
     return 0
 
 
-def load(device: int, dtypes: Sequence[str], quiet: bool = False) -> Seconds:
+def capability_of(device: int) -> tuple[int, int]:
+    """Return a GPU's compute capability."""
+    properties = import_cupy().cuda.runtime.getDeviceProperties(device)
+    return properties["major"], properties["minor"]
+
+
+def list_units(device: int, dtypes: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the files and dtypes that are compiled for a GPU."""
+    capability = capability_of(device)
+    return [
+        (file, dtype) for dtype in dtypes for file in KERNELS if serves(file, dtype, capability)
+    ]
+
+
+def load(device: int, units: Iterable[tuple[str, str]], quiet: bool = False) -> Seconds:
     """Compile, or read from the cache, and load every kernel; return the seconds it took.
 
     Parameters
     ----------
     device : int
-    dtypes : sequence of str
+    units : iterable of (str, str)
+        Files and dtypes.
     quiet : bool
         Whether to show no progress.
     """
     seconds: Seconds = {}
-    properties = import_cupy().cuda.runtime.getDeviceProperties(device)
-    capability = properties["major"], properties["minor"]
     with WorkProgress(Console(stderr=True, quiet=quiet)) as progress:
-        needed = [
-            (file, dtype) for dtype in dtypes for file in KERNELS if serves(file, dtype, capability)
-        ]
-        progress.start(f"kernels for cuda:{device}", len(needed))
-        for file, dtype in needed:
+        units = list(units)
+        progress.start(f"kernels for cuda:{device}", len(units))
+        for file, dtype in units:
             progress.update(len(seconds), f"{file} {dtype}")
             started = time.perf_counter()
             for name in KERNELS[file]:
                 kernel(device, file, name, dtype)
             seconds[file, dtype] = time.perf_counter() - started
         progress.update(len(seconds))
+    return seconds
+
+
+def compile_side_by_side(device: int, units: Sequence[tuple[str, str]], processes: int) -> Seconds:
+    """Compile units for the cache on disk, so many at a time; return the seconds of each.
+
+    What fails is left out: it fails again where it is loaded, and says why.
+    """
+    seconds: Seconds = {}
+    with (
+        WorkProgress(Console(stderr=True)) as progress,
+        ThreadPoolExecutor(processes) as pool,
+    ):
+        progress.start(f"compiling for cuda:{device}", len(units))
+        done = [pool.submit(_load_in_fresh_process, device, [unit]) for unit in units]
+        for number, future in enumerate(as_completed(done), start=1):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                seconds |= future.result()
+            progress.update(number)
     return seconds
 
 
@@ -96,12 +137,14 @@ def count_devices(cupy: ModuleType) -> int:
 _FRESH = """\
 import json, sys
 from cce_cupy.commands.warmup import load
-print(json.dumps([[*key, value] for key, value in load(0, sys.argv[1:], quiet=True).items()]))
+device, units = json.loads(sys.argv[1])
+found = load(device, map(tuple, units), quiet=True)
+print(json.dumps([[*unit, seconds] for unit, seconds in found.items()]))
 """
 
 
-def _load_in_fresh_process(dtypes: Sequence[str]) -> Seconds:
-    command = [sys.executable, "-c", _FRESH, *dtypes]
+def _load_in_fresh_process(device: int, units: Sequence[tuple[str, str]]) -> Seconds:
+    command = [sys.executable, "-c", _FRESH, json.dumps([device, units])]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return {(file, dtype): value for file, dtype, value in json.loads(output)}
 

@@ -5,7 +5,8 @@
 
 One after the other they take an hour, nearly all of it Python's on one core. What has not ended
 when the time is over is ended, and counts as failed. LOGS is a folder for what each has printed.
-The suites need pytest-xdist besides.
+The suites need pytest-xdist besides. All kernels are compiled before, each once: processes that
+begin together would each compile them all.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from typing import NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+from cce_cupy import compiler  # noqa: E402
+
 TOOLS = ("racecheck", "memcheck", "initcheck", "synccheck")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 FILTERS = range(4)
@@ -123,6 +127,29 @@ ENVIRONMENT = {
 }
 
 
+def warm_up() -> None:
+    """Compile all kernels, on all cores; one that does not compile fails in the jobs."""
+
+    def compile_one(unit: tuple[str, str]) -> None:
+        command = [sys.executable, "-c", COMPILE, *unit]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, check=False)
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(compile_one, itertools.product(compiler.KERNELS, DTYPES)))
+
+
+COMPILE = """\
+import sys
+import cupy
+from cce_cupy import compiler
+file, dtype = sys.argv[1:]
+digits = cupy.cuda.Device(0).compute_capability
+if compiler.serves(file, dtype, (int(digits[:-1]), int(digits[-1]))):
+    for name in compiler.KERNELS[file]:
+        compiler.kernel(0, file, name, dtype)
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all, print a line for each, and return 1 where any failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -133,6 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", type=int, default=1, help="GPUs to spread the jobs over")
     given = parser.parse_args(arguments)
     given.logs.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    warm_up()
+    given.seconds -= time.monotonic() - began
     listed = spread(list(jobs(given.only, given.places)), given.devices)
     failed = 0
     for outcome in run_side_by_side(listed, given.logs, given.seconds, given.places):
