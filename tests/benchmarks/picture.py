@@ -26,21 +26,25 @@ def draw_gradients(record: Record, path: Path) -> None:
 
 
 def draw_accuracy(record: Record, path: Path) -> None:
-    """Draw errors of the gradients over times: a panel for each case."""
+    """Draw errors of the gradients over times: a panel for each case that others are in, if any."""
     cases = [case for case in record["cases"] if any(map(_judged, case["rows"]))]
+    cases = [case for case in cases if any(map(_is_of_others, case["rows"]))] or cases
     figure = _figure(figsize=(9, 3.4 * len(cases)))
     for axis, case in zip(figure.subplots(len(cases), squeeze=False)[:, 0], cases, strict=True):
         for row in filter(_judged, case["rows"]):
-            color = OURS if row["run"].startswith("ours") else OTHERS
+            color = OTHERS if _is_of_others(row) else OURS
             for name, marker in (("de_error", "o"), ("dc_error", "s")):
                 axis.plot(row["ms"], row[name], marker, color=color)
             method = row["run"].replace(", loss + gradients", "")
             label = f"{method}, {row['extra_mib']:.0f} MiB"
             at = row["ms"], max(row["de_error"], row["dc_error"])
-            axis.annotate(label, at, (3, 4), textcoords="offset points", fontsize="x-small")
+            # At a slope, so that neighbours' labels pass each other.
+            axis.annotate(
+                label, at, (2, 5), textcoords="offset points", fontsize="x-small", rotation=40
+            )
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.margins(x=0.3, y=0.25)
+        axis.margins(x=0.3, y=0.5)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("loss + gradients, ms", fontsize="small")
         axis.set_ylabel("relative error: o dE, square dC", fontsize="small")
@@ -59,7 +63,7 @@ def draw_growth(record: Record, path: Path) -> None:
     for axis, (sweep, cases) in zip(axes, sweeps.items(), strict=True):
         runs = list(dict.fromkeys(row["run"] for case in cases for row in case["rows"]))
         for run in runs:
-            axis.plot(*_curve(cases, sweep, run, "ms"), marker=".", label=_short(run))
+            axis.plot(*_curve(cases, sweep, run, "ms"), marker=".", label=run)
         bases = _curve(cases, sweep, FORWARD_BITS, "base_ms")
         axis.plot(*bases, color="black", linewidth=0.8, label=VENDOR)
         axis.set_xscale("log", base=2)
@@ -126,14 +130,14 @@ def _sizes(case: Record) -> str:
     return f"{case['case']}\nN {case['tokens']}, D {case['dim']}, V {case['vocab']}"
 
 
+def _is_of_others(row: Record) -> bool:
+    return not row["run"].startswith("ours")
+
+
 def _judged(row: Record) -> bool:
     # Other workspaces than the default one change no digit worth showing.
     other = row["run"].startswith(GRADIENTS) and row["run"] not in (GRADIENTS, UNFILTERED)
     return row.get("de_error") is not None and not other
-
-
-def _short(run: str) -> str:
-    return run.replace("loss + gradients", "l+g")
 
 
 def _curve(
