@@ -1,4 +1,4 @@
-"""The launches of the backward on Hopper: the columns' order, then all chunks in one launch.
+"""The launches on Hopper: the forward in units, the columns' order, then all chunks in one launch.
 
 Where every column is kept, launches for each chunk come before that one, and do its work if every
 token counts: only the device knows.
@@ -14,6 +14,7 @@ from .plan import (
     TILE_COLUMNS,
     DenseCut,
     HopperBackward,
+    HopperForward,
     HopperPass,
     Sweep,
     needed_sweeps,
@@ -21,10 +22,21 @@ from .plan import (
 from .tensor_map import TensorMap
 
 _THREADS = 384
-"""kThreads of kernels_cu/sm90/backward.cuh."""
+"""kThreads of kernels_cu/sm90/forward.cuh and of backward.cuh."""
 
 _BOX = 64
-"""kTileK of kernels_cu/sm90/operand.cuh: rows and columns of the boxes that are copied."""
+"""kTileK of kernels_cu/sm90/operand.cuh: columns of the boxes that are copied, and rows of most."""
+
+_ROW_THREADS = 256
+"""Of target_logits of kernels_cu/sm90/rows.cu, a warp a row, and of bounds.cu."""
+
+_MERGE_ROWS, _MERGERS = 32, 16
+"""Rows of a block of finish_rows of kernels_cu/sm90/rows.cu, and kMergers there."""
+
+_BOUND_ROWS = 32
+"""kBoundRows of kernels_cu/sm90/bounds.cu."""
+
+_UNIT_STATISTICS = ("weighted", "best", "argmax")
 
 _TAKEN = 4
 """Bytes of the largest factor; behind it stands whether an attempt took on both gradients."""
@@ -33,8 +45,88 @@ _HEAD = 8
 """Bytes of the two, which stand before the counters of the passes."""
 
 
-class HopperLauncher(Launcher):
-    """The launches of one call whose backward runs on Hopper's matrix units."""
+class HopperForwardLauncher(Launcher):
+    """The launches of one call whose forward runs on Hopper's matrix units."""
+
+    @property
+    def forward_cut(self) -> HopperForward:
+        """How the forward is cut."""
+        cut = self.plan.hopper
+        assert cut is not None
+        return cut
+
+    def forward(self, *, bits: int, statistics: bool) -> None:
+        """Visit every logit; leave the units' sums, and the bits where asked for."""
+        problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
+        cut = self.forward_cut
+        file, name = "forward", cut.kernel
+        if statistics:
+            file, name = "options", "forward_statistics"
+        elif not self.plain:
+            file, name = "options", "forward_options"
+        known = room["own"], room["bound"], room["finished"], room["target_logit"]
+        packed = room["packed"] if cut.packed_rows else 0
+        rows = max(plan.capacity, cut.packed_rows)
+        self.launch(
+            "sm90/rows", "target_logits", (-(-rows * 32 // _ROW_THREADS), 1), (_ROW_THREADS, 1),
+            *self.e, *self.c, inputs.bias, problem.dim, *self.logit_options, *self.map, *known,
+            packed, cut.packed_rows, name == "forward_single",
+            bits, plan.saved["bits"] // 4 if bits else 0,
+        )  # fmt: skip
+        if bits:
+            self.launch(
+                "sm90/bounds", "first_bound", (-(-plan.capacity // _BOUND_ROWS), 1),
+                (_ROW_THREADS, 1),
+                *self.e, *self.c, inputs.bias, problem.dim, *self.logit_options, *self.map,
+                room["bound"],
+            )  # fmt: skip
+        cluster = 1 if name == "forward_single" else 2
+        # Pairs need an even number of blocks.
+        blocks = -(-cut.blocks // cluster) * cluster
+        shape, box = (problem.tokens, problem.dim), (ROW_TILE, _BOX)
+        e_map = TensorMap(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, box)
+        packed_map = e_map  # of something, where nothing is packed
+        if packed:
+            shape = (cut.packed_rows, problem.dim)
+            packed_map = TensorMap(packed, shape, problem.dim, problem.dtype, box)
+        shape, box = (problem.vocab, problem.dim), (TILE_COLUMNS // cluster, _BOX)
+        c_map = TensorMap(inputs.c.pointer, shape, inputs.c.stride, problem.dtype, box)
+        self.launch(
+            f"sm90/{file}", name, (blocks, 1), (_THREADS, 1),
+            e_map, packed_map, c_map, *self.e, *self.map, packed, inputs.bias,
+            room["smoothing"] if plan.smooths else 0, problem.dim, problem.vocab,
+            *self.logit_options, *self.filter(), cut.unit_tiles, cut.group,
+            *known, *self._unit_sums(statistics), plan.capacity, bits, plan.words,
+        )  # fmt: skip
+
+    def finish(
+        self,
+        *,
+        loss: int = 0,
+        lse: int = 0,
+        log_prob: int = 0,
+        entropy: int = 0,
+        argmax: int = 0,
+        unbounded: int = 0,
+    ) -> None:
+        """Merge the sums of each row, place what depends on tokens, and sum the losses."""
+        plan = self.plan
+        self.launch(
+            "sm90/rows", "finish_rows", (max(-(-plan.capacity // _MERGE_ROWS), 1), 1),
+            (_MERGE_ROWS, _MERGERS), *self.map, *self._unit_sums(argmax != 0),
+            self.forward_cut.parts, plan.capacity, self.room["target_logit"],
+            *self.outputs(loss, lse, log_prob, entropy, argmax, unbounded),
+        )  # fmt: skip
+
+    def _unit_sums(self, statistics: bool) -> list[int]:
+        room = self.room
+        rest = [room[f"unit_{name}"] for name in _UNIT_STATISTICS] if statistics else [0, 0, 0]
+        smoothed = room["unit_smoothed"] if self.plan.smooths else 0
+        return [room["unit_reference"], room["unit_rest"], smoothed, *rest]
+
+
+class HopperLauncher(HopperForwardLauncher):
+    """The launches of one call whose backward runs there too."""
 
     def backward(self, dloss: int, dlse: int, outputs: BackwardOutputs) -> None:
         """Form the wanted gradients."""

@@ -1,4 +1,7 @@
-"""Plan and raw pointers to kernel launches. Allocates nothing, synchronises nothing."""
+"""Plan and raw pointers to launches of the portable kernels, and of what all share.
+
+Allocates nothing, synchronises nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,7 @@ from .plan import (
     ITEMSIZE,
     MARGIN,
     ROW_TILE,
-    TILE_COLUMNS,
     GpuPlan,
-    HopperForward,
     Sweep,
     Wanted,
     needed_sweeps,
@@ -40,19 +41,6 @@ _WALKERS = 1024
 _SEGMENT_FIELDS = (
     "reference", "rest", "target_logit", "smoothed", "total", "weighted", "best", "argmax",
 )  # fmt: skip
-_UNIT_STATISTICS = ("weighted", "best", "argmax")
-_MERGE_ROWS, _MERGERS = 32, 16
-"""Rows of a block of finish_rows of kernels_cu/sm90/rows.cu, and kMergers there."""
-
-_BOUND_ROWS = 32
-"""kBoundRows of kernels_cu/sm90/bounds.cu, whose blocks have as many threads as _THREADS says."""
-
-_DEPTH = 64
-"""kTileK of kernels_cu/sm90/tile.cuh."""
-
-_FORWARD_THREADS = 384
-"""kThreads of kernels_cu/sm90/forward.cuh."""
-
 _SLACK = math.exp(-MARGIN)
 
 
@@ -257,10 +245,7 @@ class Launcher:
         )  # fmt: skip
 
     def forward(self, *, bits: int, statistics: bool) -> None:
-        """Visit every logit; leave the segments' or units' sums, and the bits where asked for."""
-        if self.plan.hopper is not None:
-            self._forward_on_hopper(self.plan.hopper, bits=bits, statistics=statistics)
-            return
+        """Visit every logit; leave the segments' sums, and the bits where asked for."""
         problem, plan, room = self.problem, self.plan, self.room
         self.launch(
             "portable/forward", "first_bound", (plan.tiles, 1), (_PRODUCT_THREADS, 1),
@@ -281,49 +266,6 @@ class Launcher:
         rest = _SEGMENT_FIELDS[4:]
         return sums + [self.room[f"segment_{name}"] if statistics else 0 for name in rest]
 
-    def _unit_sums(self, statistics: bool) -> list[int]:
-        room = self.room
-        rest = [room[f"unit_{name}"] for name in _UNIT_STATISTICS] if statistics else [0, 0, 0]
-        smoothed = room["unit_smoothed"] if self.plan.smooths else 0
-        return [room["unit_reference"], room["unit_rest"], smoothed, *rest]
-
-    def _forward_on_hopper(self, cut: HopperForward, *, bits: int, statistics: bool) -> None:
-        problem, plan, room, inputs = self.problem, self.plan, self.room, self.inputs
-        known = room["own"], room["bound"], room["finished"], room["target_logit"]
-        packed = room["packed"] if cut.packs else 0
-        self.launch(
-            "sm90/rows", "target_logits", (-(-plan.capacity * 32 // _THREADS), 1), (_THREADS, 1),
-            *self.e, *self.c, inputs.bias, problem.dim, *self.logit_options, *self.map, *known,
-            packed, plan.capacity, bits, plan.saved["bits"] // 4 if bits else 0,
-        )  # fmt: skip
-        if bits:
-            self.launch(
-                "sm90/bounds", "first_bound", (-(-plan.capacity // _BOUND_ROWS), 1), (_THREADS, 1),
-                *self.e, *self.c, inputs.bias, problem.dim, *self.logit_options, *self.map,
-                room["bound"],
-            )  # fmt: skip
-        file, name = "forward", cut.kernel
-        if statistics:
-            file, name = "options", "forward_statistics"
-        elif not self.plain:
-            file, name = "options", "forward_options"
-        cluster = 1 if name == "forward_single" else 2
-        # Pairs need an even number of blocks.
-        blocks = -(-cut.blocks // cluster) * cluster
-        shape, box = (problem.tokens, problem.dim), (ROW_TILE, _DEPTH)
-        e_map = TensorMap(inputs.e.pointer, shape, inputs.e.stride, problem.dtype, box)
-        # Of something, where nothing is packed.
-        packed_map = TensorMap(packed, shape, problem.dim, problem.dtype, box) if packed else e_map
-        shape, box = (problem.vocab, problem.dim), (TILE_COLUMNS // cluster, _DEPTH)
-        c_map = TensorMap(inputs.c.pointer, shape, inputs.c.stride, problem.dtype, box)
-        self.launch(
-            f"sm90/{file}", name, (blocks, 1), (_FORWARD_THREADS, 1),
-            e_map, packed_map, c_map, *self.e, *self.map, packed, inputs.bias,
-            room["smoothing"] if plan.smooths else 0, problem.dim, problem.vocab,
-            *self.logit_options, *self.filter(), cut.unit_tiles, cut.group,
-            *known, *self._unit_sums(statistics), plan.capacity, bits, plan.words,
-        )  # fmt: skip
-
     def filter(self) -> tuple[float, float, bool]:
         """Return the filter in force."""
         return self.plan.filter_eps, _SLACK, self.plan.gradient_filter == "unbiased"
@@ -339,26 +281,25 @@ class Launcher:
         unbounded: int = 0,
     ) -> None:
         """Merge the sums of each row, place what depends on tokens, and sum the losses."""
-        problem, plan, room = self.problem, self.plan, self.room
-        by_token, statistics = problem.reduction == "none", argmax != 0
-        outputs = (
+        plan = self.plan
+        outputs = self.outputs(loss, lse, log_prob, entropy, argmax, unbounded)
+        # One block at least: it places the loss of no rows.
+        self.launch(
+            "portable/tokens", "finish_rows", (max(-(-plan.capacity // _THREADS), 1), 1),
+            (_THREADS, 1), *self.map, *self._segment_sums(argmax != 0),
+            plan.segments if self.problem.vocab else 0, plan.capacity, *outputs,
+        )  # fmt: skip
+
+    def outputs(
+        self, loss: int, lse: int, log_prob: int, entropy: int, argmax: int, unbounded: int
+    ) -> tuple[Any, ...]:
+        """Return how rows become losses, and where to; for the last arguments of `finish_rows`."""
+        problem, room, by_token = self.problem, self.room, self.problem.reduction == "none"
+        return (
             *self.loss_options, *self.weights,
             room["row_lse"], loss if by_token else 0, lse, log_prob, entropy, argmax, unbounded,
             room["loss_parts"], room["done"], problem.reduction == "mean", room["normalizer"],
             0 if by_token else loss,
-        )  # fmt: skip
-        # One block at least: it places the loss of no rows.
-        if plan.hopper is not None:
-            self.launch(
-                "sm90/rows", "finish_rows", (max(-(-plan.capacity // _MERGE_ROWS), 1), 1),
-                (_MERGE_ROWS, _MERGERS), *self.map, *self._unit_sums(statistics),
-                plan.hopper.parts, plan.capacity, room["target_logit"], *outputs,
-            )  # fmt: skip
-            return
-        self.launch(
-            "portable/tokens", "finish_rows", (max(-(-plan.capacity // _THREADS), 1), 1),
-            (_THREADS, 1), *self.map, *self._segment_sums(statistics),
-            plan.segments if problem.vocab else 0, plan.capacity, *outputs,
         )  # fmt: skip
 
     def backward(self, dloss: int, dlse: int, outputs: BackwardOutputs) -> None:

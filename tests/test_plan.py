@@ -245,15 +245,16 @@ def test_hopper_units_cover_the_logits_and_fill_the_device(tokens, dim, vocab):
 
 
 def test_hopper_packs_rows_where_they_fit_into_the_workspace():
-    for tokens, workspace, packs in (
-        (8192, None, True),
-        (8192, 2**24, False),
-        (2**17, None, False),
+    for tokens, workspace, rows in (
+        (8192, None, 8192),
+        (8192, 2**24, 0),
+        (2**17, None, 0),
+        (5, None, ROW_TILE),
     ):
         given = problem(tokens, 2304, 256000, "bfloat16", workspace_bytes=workspace)
         plan = make_gpu_plan(given, H100)
-        assert plan.hopper.packs == packs
-        assert plan.forward["packed"] == plan.statistics["packed"] == packs * 2 * 2304 * tokens
+        assert plan.hopper.packed_rows == rows
+        assert plan.forward["packed"] == plan.statistics["packed"] == rows * 2 * 2304
 
 
 def test_hopper_takes_room_for_statistics_only_with_them():

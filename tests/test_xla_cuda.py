@@ -77,6 +77,7 @@ def device(monkeypatch):
     monkeypatch.setattr(xla_cuda, "hardware_of", lambda device: made.hardware)
     monkeypatch.setattr(xla_cuda, "_load", lambda device, dtype: None)
     monkeypatch.setattr(gpu, "Launcher", Recorder)
+    monkeypatch.setattr(gpu, "HopperForwardLauncher", HopperRecorder)
     monkeypatch.setattr(gpu, "HopperLauncher", HopperRecorder)
     monkeypatch.setattr(gpu, "OnDevice", contextlib.nullcontext)
     monkeypatch.setattr(gpu, "launch_on", lambda stream: stream)

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from ..hopper_launcher import HopperLauncher
+from ..hopper_launcher import HopperForwardLauncher, HopperLauncher
 from ..launcher import BackwardOutputs, DeviceInputs, DeviceMatrix, Launcher, OnDevice, launch_on
 from ..plan import (
     EVERY_GRADIENT,
@@ -435,7 +435,9 @@ class _Alike:
         given = DeviceInputs(
             DeviceMatrix(e, *self.e), DeviceMatrix(c, *self.c), targets, *self.targets, *optional
         )
-        kind = Launcher if self.plan.hopper_backward is None else HopperLauncher
+        kind = Launcher
+        if self.plan.hopper is not None:
+            kind = HopperForwardLauncher if self.plan.hopper_backward is None else HopperLauncher
         return kind(self.problem, self.plan, given, room, self.device, take)
 
     def recording(

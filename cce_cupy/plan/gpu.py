@@ -226,7 +226,7 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         forward |= dict.fromkeys(("finished", "target_logit"), sums * rows)
         forward |= dict.fromkeys(("unit_reference", "unit_rest"), per_unit)
         forward["unit_smoothed"] = per_unit if smooths else 0
-        forward["packed"] = rows * dim * ITEMSIZE[problem.dtype] if hopper.packs else 0
+        forward["packed"] = hopper.packed_rows * dim * ITEMSIZE[problem.dtype]
         statistics = dict.fromkeys(("unit_weighted", "unit_best", "unit_argmax"), per_unit)
     backward = {
         **dict.fromkeys(("factor_softmax", "factor_onehot", "factor_smoothing"), sums * rows),

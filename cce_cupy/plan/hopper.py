@@ -55,9 +55,10 @@ class HopperForward:
     parts : int
         Partial sums that are left for each row: one of each unit across the vocabulary and each
         of the two warp groups that take turns.
-    packs : bool
-        Whether there is room for a copy of the rows of e that count, one after the other: around
-        ignored tokens they then come as fast as where none is ignored.
+    packed_rows : int
+        Room for a copy of the rows of e that count, one after the other: around ignored tokens
+        they then come as fast as where none is ignored. A whole row tile at least; 0 where that
+        is more than the workspace may be.
     """
 
     kernel: str
@@ -65,7 +66,7 @@ class HopperForward:
     unit_tiles: int
     group: int
     parts: int
-    packs: bool
+    packed_rows: int
 
 
 def refuse_hopper(problem: Problem, capability: tuple[int, int], aligned: bool) -> str | None:
@@ -113,9 +114,14 @@ def plan_hopper_forward(problem: Problem, processors: int) -> HopperForward:
         unit_tiles=unit_tiles,
         group=group_rows(row_blocks, rows * problem.dim * ITEMSIZE[problem.dtype]),
         parts=_CONSUMERS * -(-tiles // unit_tiles),
-        packs=problem.tokens * problem.dim * ITEMSIZE[problem.dtype]
-        <= (problem.workspace_bytes or DEFAULT_WORKSPACE_BYTES),
+        packed_rows=_packed_rows(problem),
     )
+
+
+def _packed_rows(problem: Problem) -> int:
+    rows = max(problem.tokens, ROW_TILE)
+    allowed = problem.workspace_bytes or DEFAULT_WORKSPACE_BYTES
+    return rows if rows * problem.dim * ITEMSIZE[problem.dtype] <= allowed else 0
 
 
 def cut_units(row_blocks: int, tiles: int, clusters: int) -> int:

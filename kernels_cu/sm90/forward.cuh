@@ -159,7 +159,10 @@ __device__ __forceinline__ void copy_tiles(Memory& shared, const TensorMap& e_ma
   };
   for (int number = blockIdx.x / kCluster; number < units; number += gridDim.x / kCluster) {
     const Unit unit(order, number);
-    const TileRows rows(call.map, count, unit.row_block * kCluster + rank);
+    TileRows rows(call.map, count, unit.row_block * kCluster + rank);
+    // Of one row tile all rows are packed: those past the last take the copy engine longer where there is no
+    // memory behind them.
+    if constexpr (!kAllFollow && kCluster == 1) rows.follow &= call.packed == nullptr;
     // Barriers take whole warps, of which some threads may have had less to do.
     __syncwarp();
     if constexpr (kAllFollow) {

@@ -61,7 +61,7 @@ struct UnitSums {
 struct ForwardArguments {
   Matrix e;
   RowMap map;
-  const Storage* packed;  // rows of e that count, one after the other, of row tiles whose do not; or null
+  const Storage* packed;  // rows of e, in the order of those that count, where they lie apart; or null
   const Storage* bias;
   const float* smoothing;
   int64 dim;

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from devices import FRAMEWORKS, Road
 from test_gpu_behaviour import FILTERS, UNFILTERED, bits, check, problem, sent
+from test_properties import check_forward
 
 import cce_cupy
 from cce_cupy.frameworks import gpu
@@ -177,19 +178,38 @@ def test_packed_rows_give_the_bits_of_words(cupy, dtype, ignored):
     arguments = sent(cupy, case)
     found, packs = [], []
     for size in (None, 2**19):
-        packs.append(plan_of(case, workspace_bytes=size).hopper.packs)
+        packs.append(plan_of(case, workspace_bytes=size).hopper.packed_rows)
         found.append(
             bits(
                 cupy,
                 cce_cupy.linear_cross_entropy(**arguments, return_lse=True, workspace_bytes=size),
             )
         )
-    assert packs == [True, False]
+    assert packs == [1500, 0]
     assert found[0] == found[1]
     results = Road(cupy).linear_cross_entropy_value_and_grad(
         *case.arrays, **case.options, **UNFILTERED
     )
     check(case, results)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("workspace", [None, 2**17])
+@pytest.mark.parametrize("n", [1, 2, 100, 127, 128])
+def test_few_tokens(cupy, dtype, workspace, n):
+    """Of one row tile all rows are packed, where there is room; first tokens may be left out."""
+    for options in ({}, {"shift": 1}):
+        case = problem(n=n, v=1500, d=576, dtype=dtype, bias=False, **options)
+        case.targets[:] = case.rng().integers(0, 1500, n)
+        case.targets[: n // 3] = -100
+        assert plan_of(case, workspace_bytes=workspace).hopper.packed_rows == (
+            128 if workspace is None else 0
+        )
+        arguments = sent(cupy, case)
+        loss, lse = cce_cupy.linear_cross_entropy(
+            **arguments, return_lse=True, workspace_bytes=workspace
+        )
+        check_forward(case, case.oracle(), (cupy.get(loss), cupy.get(lse)), with_lse=True)
 
 
 @pytest.mark.parametrize("dtype", HALF)
