@@ -235,23 +235,22 @@ class HopperLauncher(HopperForwardLauncher):
             return TensorMap(pointer, (rows, columns), stride, problem.dtype, (box, _BOX))
 
         waiting = dc + (vocab - dense.waiting) * dim * ITEMSIZE[problem.dtype]
-        for first in dense.chunks(vocab):
-            columns = min(dense.columns, vocab - first)
+        for first, columns, unit_tiles in dense.chunks:
             chunk = c.pointer + first * c.stride * ITEMSIZE[problem.dtype]
             self.launch(
                 "sm90/dense_dlogits", "dense_dlogits", (dense.blocks, 1), (_THREADS, 1),
                 boxes(e.pointer, tokens, dim, e.stride, ROW_TILE),
                 boxes(chunk, columns, dim, c.stride, TILE_COLUMNS // 2),
                 *self.e, *self.map, tokens, dim, first, columns, *self.logit_options,
-                dense.unit_tiles, dense.group, room["row_lse"], *self.factors(), largest, records,
-                dense.columns,
+                unit_tiles, dense.group, room["row_lse"], *self.factors(), largest, records,
+                dense.width,
             )  # fmt: skip
             # Sums of dE that wait where the last rows of dC will be have to be taken up before.
             apart = dense.waiting > 0 and first + columns == vocab
             for of_e, of_c in ((de, 0), (0, dc)) if apart else ((de, dc),):
                 self.launch(
                     "sm90/dense_gradients", "dense_gradients", (dense.blocks, 1), (_THREADS, 1),
-                    boxes(records, tokens, columns, dense.columns, _BOX),
+                    boxes(records, tokens, columns, dense.width, _BOX),
                     boxes(e.pointer, tokens, dim, e.stride, _BOX),
                     boxes(chunk, columns, dim, c.stride, _BOX),
                     room["count"], tokens, dim, first, columns, vocab, problem.logit_scale,

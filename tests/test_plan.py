@@ -19,7 +19,7 @@ from cce_cupy.plan import (
     make_gpu_plan,
     make_plan,
 )
-from cce_cupy.plan.dense import chunks_cost, longest_of_products
+from cce_cupy.plan.dense import Blocks, DenseSizes, chunks_cost, longest_of_products
 from cce_cupy.plan.hopper import cut_units, group_rows
 from cce_cupy.problem import ArraySpec, Options, Problem
 
@@ -322,10 +322,9 @@ def check_hopper_backward(plan, tokens, vocab):
                 found = plan.dense_cut(sweep, part, both=both)
                 assert found == (dense if may else None)
                 if found is not None:
-                    chunks = found.chunks(vocab)
-                    assert chunks[0] == 0
-                    assert chunks[-1] < vocab <= chunks[-1] + found.columns
-                    most = max(most, len(chunks))
+                    assert found.chunks[0].first == 0
+                    assert sum(found.chunks[-1][:2]) == vocab
+                    most = max(most, len(found.chunks))
             launches += most
     assert plan.parts == launches
     assert len(plan.sweeps) == (1 if cut.together else 2)
@@ -457,17 +456,23 @@ UNFILTERED = {"gradient_filter": None}
 def check_dense(plan, dense, tokens, vocab, dim):
     """Check that dz of a chunk and unfinished sums lie apart within the records; count chunks."""
     cut = plan.hopper_backward
-    assert 0 < dense.columns < vocab + 128
-    assert dense.columns % 128 == 0
+    assert dense.width % 128 == 0
     assert dense.blocks == 132
-    row_pairs, tiles = -(-tokens // 256), -(-min(dense.columns, vocab) // TILE_COLUMNS)
-    assert 1 <= dense.unit_tiles <= tiles
+    row_pairs, end = -(-tokens // 256), 0
     assert 1 <= dense.group <= row_pairs
-    chunks = -(-vocab // dense.columns)
-    dz = tokens * dense.columns * 2
+    for chunk in dense.chunks:
+        assert chunk.first == end
+        assert 0 < chunk.columns <= dense.width
+        assert 1 <= chunk.unit_tiles <= -(-chunk.columns // TILE_COLUMNS)
+        end += chunk.columns
+    assert end == vocab
+    # All but the last are of one size, of whole blocks.
+    assert len({chunk.columns for chunk in dense.chunks[:-1]}) <= 1
+    assert all(chunk.columns % 128 == 0 for chunk in dense.chunks[:-1])
+    chunks, last = len(dense.chunks), dense.chunks[-1].columns
+    dz = tokens * dense.width * 2
     assert dz <= plan.backward["records"]
     # Rows of dC where sums wait are of the last chunk; with one chunk nothing waits.
-    last = vocab - dense.chunks(vocab)[-1]
     assert 0 <= dense.waiting <= min(tokens, last if chunks > 1 else 0)
     # dE of fewer row tiles than all is not formed from dense products.
     if chunks > 1 and cut.row_tiles == plan.tiles:
@@ -475,6 +480,31 @@ def check_dense(plan, dense, tokens, vocab, dim):
         waiting = 2 * (tokens - dense.waiting) * dim
         assert dense.low_offset + waiting <= plan.backward["records"]
     return chunks
+
+
+def cost_of(dense, sizes):
+    """What the plan's choice of chunks costs by its own account."""
+    first, last = dense.chunks[0].columns, dense.chunks[-1].columns
+    return chunks_cost(sizes, Blocks(len(dense.chunks), -(-first // 128), -(-last // 128)))
+
+
+def in_even_chunks(blocks, most):
+    """Blocks of 128 columns in as few chunks as there can be, as even as can be."""
+    chunks = -(-blocks // most)
+    each = -(-blocks // chunks)
+    return Blocks(-(-blocks // each), each, blocks - (-(-blocks // each) - 1) * each)
+
+
+def in_even_chunks_with_sums(plan, sizes):
+    """The same where unfinished sums of dE that find no place in the last rows of dC fit too."""
+    blocks, room = -(-sizes.vocab // 128), plan.hopper_backward.record_bytes
+    for chunks in range(1, blocks + 1):
+        found = in_even_chunks(blocks, -(-blocks // chunks))
+        last = sizes.vocab - (found.chunks - 1) * found.each * 128
+        low = 0 if found.chunks == 1 else 2 * sizes.dim * max(sizes.tokens - last, 0)
+        if 2 * sizes.tokens * found.each * 128 + low <= room:
+            return found
+    raise AssertionError("there is no room")
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -513,15 +543,14 @@ def test_dense_chunks_fit_and_are_no_worse_than_the_largest(vocab, given, option
             most = plan.hopper_backward.chunk_blocks(plan.tiles)
             # No more than half as many again as there must be.
             assert chunks <= 1.5 * -(-vocab // (128 * most)) + 1
-            sizes = tokens, vocab, dim, H100.processors
-            cost = chunks_cost(*sizes, plan.dense.columns // 128)
-            assert cost <= chunks_cost(*sizes, most)
+            sizes = DenseSizes(tokens, vocab, dim, 2, H100.processors)
+            cost, blocks = cost_of(plan.dense, sizes), -(-vocab // 128)
+            assert cost <= 1.005 * chunks_cost(sizes, in_even_chunks(blocks, most))
             if plan.dense_both is not None:
                 assert plan.hopper_backward.together
-                together = check_dense(plan, plan.dense_both, tokens, vocab, dim)
-                # With more room it may cut into fewer; among as many it has the same choice.
-                if chunks <= together:
-                    assert chunks_cost(*sizes, plan.dense_both.columns // 128) <= cost
+                check_dense(plan, plan.dense_both, tokens, vocab, dim)
+                cost = chunks_cost(sizes, in_even_chunks_with_sums(plan, sizes))
+                assert cost_of(plan.dense_both, sizes) <= 1.005 * cost
 
 
 def test_pairs_of_blocks_take_narrow_parts_in_turn():

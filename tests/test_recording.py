@@ -336,14 +336,15 @@ def test_the_backward_knows_whether_dense_products_came_before(library, name, wa
                 is_dense = bool(set(formed) & set(DENSE.get(name, "")))
                 assert bool(launches) == is_dense
                 assert dense_rows == (rows if is_dense else -1)
-                at = 0
+                at, chunks = 0, iter(cut.chunks if cut is not None else ())
                 while launches:
                     (one, dz), (two, gradients) = launches[:2]
                     assert (one, two) == ("dense_dlogits", "dense_gradients")
                     *given, largest, into, pitch = read(DENSE_DLOGITS, dz[2])
-                    columns = min(cut.columns, vocab - at)
-                    assert tuple(given[8:12]) == (rows, dim, at, columns)
-                    assert pitch == cut.columns
+                    first, columns, _ = next(chunks)
+                    assert tuple(given[8:12]) == (rows, dim, first, columns)
+                    assert first == at
+                    assert pitch == cut.width
                     # The matrix that one writes is the one that the other copies boxes of.
                     assert b"matrix at %x." % into in gradients[0][:128]
                     assert gradients[0][256:] == dz[1]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
+
+import numpy as np
 
 from .hopper import ORDER_BLOCK, TILE_COLUMNS, cut_units, group_rows
 from .shared import ROW_TILE
@@ -22,17 +26,43 @@ _LAUNCHES = 1600
 """What the launches of a chunk cost, likewise."""
 
 
+_SIZES = 8
+"""Of chunks that are compared for one number of them, about: a plan must not take long."""
+
+
+_CLOSE = 1.005
+"""Costs that are no further apart count as the same."""
+
+
+class DenseChunk(NamedTuple):
+    """Columns whose dz is held at a time.
+
+    Attributes
+    ----------
+    first, columns : int
+        Which they are.
+    unit_tiles : int
+        Of the order of work of dz, as of the forward.
+    """
+
+    first: int
+    columns: int
+    unit_tiles: int
+
+
 class DenseCut(NamedTuple):
     """What the launches of a chunk are given.
 
     Attributes
     ----------
-    columns : int
-        Of a chunk, a multiple of 128.
+    chunks : tuple of DenseChunk
+        The last may be larger than the others, or smaller.
+    width : int
+        Elements from a row of dz to the next: a multiple of 128.
     blocks : int
         Of the grids.
-    unit_tiles, group : int
-        The order of work of dz, as of the forward.
+    group : int
+        Of the order of work of dz, as of the forward.
     waiting : int
         Rows of unfinished sums of dE whose low halves wait in the last rows of dC, which the last
         chunk writes when it is done with dE.
@@ -40,16 +70,12 @@ class DenseCut(NamedTuple):
         Where those of the other rows start, in bytes from the first record.
     """
 
-    columns: int
+    chunks: tuple[DenseChunk, ...]
+    width: int
     blocks: int
-    unit_tiles: int
     group: int
     waiting: int
     low_offset: int
-
-    def chunks(self, vocab: int) -> range:
-        """Return the first column of each chunk."""
-        return range(0, vocab, self.columns)
 
 
 class DenseSizes(NamedTuple):
@@ -88,7 +114,7 @@ def plan_dense_side(sizes: DenseSizes, most_blocks: int, low_offset: int) -> Den
     DenseCut or None
         None where there is no room for a block.
     """
-    return _cut(sizes, _candidates(sizes, most_blocks), lambda blocks: (0, low_offset))
+    return _cut(sizes, _candidates(sizes, most_blocks), lambda _: (0, low_offset))
 
 
 def plan_dense_both(sizes: DenseSizes, room: int) -> DenseCut | None:
@@ -108,78 +134,115 @@ def plan_dense_both(sizes: DenseSizes, room: int) -> DenseCut | None:
     tokens, vocab = sizes.tokens, sizes.vocab
     block_bytes = sizes.itemsize * tokens * ORDER_BLOCK
 
-    def waits(chunk_blocks: int) -> tuple[int, int]:
-        columns = chunk_blocks * ORDER_BLOCK
-        last = vocab - (vocab - 1) // columns * columns
-        return 0 if last == vocab else min(tokens, last), chunk_blocks * block_bytes
+    def waits(blocks: Blocks) -> tuple[int, int]:
+        alone = blocks.chunks == 1
+        waiting = 0 if alone else min(tokens, vocab - blocks.before_last * ORDER_BLOCK)
+        return waiting, blocks.largest * block_bytes
 
-    def fits(chunk_blocks: int) -> bool:
-        waiting, dz = waits(chunk_blocks)
-        in_one = chunk_blocks * ORDER_BLOCK >= vocab
-        return dz + (0 if in_one else 2 * sizes.dim * (tokens - waiting)) <= room
+    def fits(blocks: Blocks) -> bool:
+        waiting, dz = waits(blocks)
+        low = 0 if blocks.chunks == 1 else 2 * sizes.dim * (tokens - waiting)
+        return dz + low <= room
 
     return _cut(sizes, list(filter(fits, _candidates(sizes, room // block_bytes))), waits)
 
 
-def _candidates(sizes: DenseSizes, most_blocks: int) -> list[int]:
-    """Return sizes of chunks, in blocks: of as few as there can be, up to half as many again."""
+class Blocks(NamedTuple):
+    """Blocks of 128 columns of each chunk but the last, and of that one."""
+
+    chunks: int
+    each: int
+    last: int
+
+    @property
+    def largest(self) -> int:
+        """Those of the largest chunk."""
+        return self.last if self.chunks == 1 else max(self.each, self.last)
+
+    @property
+    def before_last(self) -> int:
+        """Those of all chunks but the last."""
+        return (self.chunks - 1) * self.each
+
+
+def _candidates(sizes: DenseSizes, most_blocks: int) -> list[Blocks]:
+    """Return ways to cut, into as few chunks as there can be up to half as many again."""
     if most_blocks < 1 or sizes.processors < _CLUSTER:
         return []
     blocks = -(-sizes.vocab // ORDER_BLOCK)
     least = -(-blocks // most_blocks)
     # Beside records that hold all columns there is no room for unfinished sums.
-    most = 1 if least == 1 else min(least + least // 2 + 1, blocks)
-    return sorted({-(-blocks // n) for n in range(least, most + 1)})
+    if least == 1:
+        return [Blocks(1, blocks, blocks)]
+    found = []
+    for chunks in range(least, min(least + least // 2 + 1, blocks) + 1):
+        # What is left for the last is no more than fits, and no less than one.
+        fewest = max(-(-(blocks - most_blocks) // (chunks - 1)), 1)
+        largest = min((blocks - 1) // (chunks - 1), most_blocks)
+        if fewest > largest:
+            continue
+        step = (largest - fewest) // _SIZES + 1
+        even = min(max(-(-blocks // chunks), fewest), largest)
+        for each in {even, *range(fewest, largest + 1, step)}:
+            found.append(Blocks(chunks, each, blocks - (chunks - 1) * each))
+    return sorted(found)
 
 
 def _cut(
-    sizes: DenseSizes, candidates: list[int], waits: Callable[[int], tuple[int, int]]
+    sizes: DenseSizes, candidates: list[Blocks], waits: Callable[[Blocks], tuple[int, int]]
 ) -> DenseCut | None:
     """Return the fastest chunks, and the order of their work; `waits` says what waits where."""
     if not candidates:
         return None
     tokens, vocab, dim, itemsize, processors = sizes
-    chunk_blocks = min(candidates, key=lambda n: chunks_cost(tokens, vocab, dim, processors, n))
-    waiting, low_offset = waits(chunk_blocks)
+    costs = {blocks: chunks_cost(sizes, blocks) for blocks in candidates}
+    # The account is not exact to the last percent, and fewer chunks wait less for each other.
+    close = [blocks for blocks in candidates if costs[blocks] <= _CLOSE * min(costs.values())]
+    fewest = min(blocks.chunks for blocks in close)
+    chosen = min((b for b in close if b.chunks == fewest), key=costs.__getitem__)
+    waiting, low_offset = waits(chosen)
     clusters, row_pairs = processors // _CLUSTER, -(-tokens // (_CLUSTER * ROW_TILE))
-    tiles = -(-min(chunk_blocks * ORDER_BLOCK, vocab) // TILE_COLUMNS)
+    firsts = [k * chosen.each * ORDER_BLOCK for k in range(chosen.chunks)]
+    widths = [after - first for first, after in itertools.pairwise((*firsts, vocab))]
+    units = {w: cut_units(row_pairs, -(-w // TILE_COLUMNS), clusters) for w in set(widths)}
     return DenseCut(
-        columns=chunk_blocks * ORDER_BLOCK,
+        chunks=tuple(DenseChunk(f, w, units[w]) for f, w in zip(firsts, widths, strict=True)),
+        width=chosen.largest * ORDER_BLOCK,
         blocks=_CLUSTER * clusters,
-        unit_tiles=cut_units(row_pairs, tiles, clusters),
         group=group_rows(row_pairs, _CLUSTER * ROW_TILE * dim * itemsize),
         waiting=waiting,
         low_offset=low_offset,
     )
 
 
-def chunks_cost(tokens: int, vocab: int, dim: int, processors: int, chunk_blocks: int) -> float:
+def chunks_cost(sizes: DenseSizes, blocks: Blocks) -> float:
     """Return how long all chunks take: the depth that the fullest pair of blocks multiplies over.
 
     Parameters
     ----------
-    tokens, vocab, dim : int
-        Sizes of the problem.
-    processors : int
-        Multiprocessors of the device.
-    chunk_blocks : int
-        Blocks of 128 columns of a chunk.
+    sizes : DenseSizes
+    blocks : Blocks
     """
-    clusters, blocks = processors // _CLUSTER, -(-vocab // ORDER_BLOCK)
+    one = functools.partial(_chunk_cost, sizes, unfinished=blocks.chunks > 1)
+    return (blocks.chunks - 1) * one(blocks.each) + one(blocks.last)
+
+
+@functools.lru_cache(maxsize=4096)
+def _chunk_cost(sizes: DenseSizes, blocks: int, *, unfinished: bool) -> float:
+    tokens, dim = sizes.tokens, sizes.dim
+    clusters, columns = sizes.processors // _CLUSTER, min(blocks * ORDER_BLOCK, sizes.vocab)
     parts, row_pairs = -(-dim // _WIDTH), -(-tokens // (_CLUSTER * ROW_TILE))
-    columns = min(chunk_blocks * ORDER_BLOCK, vocab)
-    chunks = -(-blocks // chunk_blocks)
-    each = columns + (_UNFINISHED if chunks > 1 else 0)
     longest = longest_of_products(
         clusters,
-        [each] * row_pairs + [tokens] * -(-chunk_blocks // _CLUSTER),
+        [columns + (_UNFINISHED if unfinished else 0)] * row_pairs
+        + [tokens] * -(-blocks // _CLUSTER),
         [1.0] * (parts - 1) + [0.5 if dim - (parts - 1) * _WIDTH <= _NARROW else 1.0],
     )
     tiles = -(-columns // TILE_COLUMNS)
     unit_tiles = cut_units(row_pairs, tiles, clusters)
     rounds = -(-row_pairs * -(-tiles // unit_tiles) // clusters)
     logits = rounds * unit_tiles * dim * TILE_COLUMNS / _WIDTH
-    return chunks * (longest + logits + _LAUNCHES)
+    return longest + logits + _LAUNCHES
 
 
 def longest_of_products(clusters: int, depths: list[int], parts: list[float]) -> float:
@@ -197,9 +260,8 @@ def longest_of_products(clusters: int, depths: list[int], parts: list[float]) ->
     parts : list of float
         How much of a whole one each part of D is.
     """
-    work = [depth * share for depth in depths for share in parts]
-    taken = [0.0] * clusters
-    for number, first in enumerate(range(0, len(work), clusters)):
-        for place, depth in enumerate(work[first : first + clusters]):
-            taken[(place - number) % clusters] += depth
-    return max(taken)
+    work = np.outer(depths, parts).ravel()
+    rounds = -(-len(work) // clusters)
+    places = np.arange(clusters) - np.arange(rounds)[:, None]
+    taken = np.bincount(places.ravel()[: len(work)] % clusters, weights=work)
+    return float(taken.max())

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from ..problem import Problem
 from .dense import DenseCut, DenseSizes, plan_dense_both, plan_dense_side
 from .hopper import (
-    ORDER_BLOCK,
     HopperBackward,
     HopperForward,
     HopperPass,
@@ -159,10 +158,8 @@ class GpuPlan:
 
     def _most_chunks(self, sweep: Sweep, part: HopperPass) -> int:
         """Return the chunks of dense products before a pass, whatever it forms."""
-        assert self.hopper_backward is not None
-        columns = self.hopper_backward.natural_blocks * ORDER_BLOCK
         cuts = (self.dense_cut(sweep, part, both=both) for both in (False, True))
-        return max(0 if cut is None else len(cut.chunks(columns)) for cut in cuts)
+        return max(0 if cut is None else len(cut.chunks) for cut in cuts)
 
 
 class GpuDevice(NamedTuple):

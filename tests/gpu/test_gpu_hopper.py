@@ -318,12 +318,12 @@ def test_bits_of_dense_chunks(cupy, dtype):
     case = dense_problem(700, 9000, 264, dtype)
     arguments = sent(cupy, case)
     found = set()
-    # All rows of sums wait where the last rows of dC will be, or those that fit there.
-    waiting = {None: 0, 5 * 2**20: 700, 3 * 2**20: 700, 2 * 2**20: 552}
-    for size, rows in waiting.items():
+    # All rows of sums wait where the last rows of dC will be, or those that fit there; the last
+    # chunk is the largest, or the smallest.
+    waiting = {None: (1, 0), 5 * 2**20: (3, 700), 2 * 2**20: (7, 700), 20 * 2**16: (12, 552)}
+    for size, expected in waiting.items():
         cut = plan_of(case, **UNFILTERED, workspace_bytes=size).dense_both
-        assert (cut.columns < 9000) == (size is not None)
-        assert cut.waiting == rows
+        assert (len(cut.chunks), cut.waiting) == expected
         for _ in range(3):
             results = cce_cupy.linear_cross_entropy_value_and_grad(
                 **arguments, **UNFILTERED, workspace_bytes=size
