@@ -6,6 +6,8 @@ token counts: only the device knows.
 
 from __future__ import annotations
 
+from typing import Any
+
 from .launcher import BackwardOutputs, Launcher
 from .plan import (
     ITEMSIZE,
@@ -70,7 +72,7 @@ class HopperForwardLauncher(Launcher):
         self.launch(
             "sm90/rows", "target_logits", (-(-rows * 32 // _ROW_THREADS), 1), (_ROW_THREADS, 1),
             *self.e, *self.c, inputs.bias, problem.dim, *self.logit_options, *self.map, *known,
-            packed, cut.packed_rows, name == "forward_single",
+            packed, cut.packed_rows,
             bits, plan.saved["bits"] // 4 if bits else 0,
         )  # fmt: skip
         if bits:
@@ -99,23 +101,13 @@ class HopperForwardLauncher(Launcher):
             *known, *self._unit_sums(statistics), plan.capacity, bits, plan.words,
         )  # fmt: skip
 
-    def finish(
-        self,
-        *,
-        loss: int = 0,
-        lse: int = 0,
-        log_prob: int = 0,
-        entropy: int = 0,
-        argmax: int = 0,
-        unbounded: int = 0,
-    ) -> None:
-        """Merge the sums of each row, place what depends on tokens, and sum the losses."""
+    def merge_rows(self, outputs: tuple[Any, ...], *, statistics: bool) -> None:
+        """Merge what the forward left; `outputs` are the last arguments of `finish_rows`."""
         plan = self.plan
         self.launch(
             "sm90/rows", "finish_rows", (max(-(-plan.capacity // _MERGE_ROWS), 1), 1),
-            (_MERGE_ROWS, _MERGERS), *self.map, *self._unit_sums(argmax != 0),
-            self.forward_cut.parts, plan.capacity, self.room["target_logit"],
-            *self.outputs(loss, lse, log_prob, entropy, argmax, unbounded),
+            (_MERGE_ROWS, _MERGERS), *self.map, *self._unit_sums(statistics),
+            self.forward_cut.parts, plan.capacity, self.room["target_logit"], *outputs,
         )  # fmt: skip
 
     def _unit_sums(self, statistics: bool) -> list[int]:

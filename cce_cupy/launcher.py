@@ -281,25 +281,23 @@ class Launcher:
         unbounded: int = 0,
     ) -> None:
         """Merge the sums of each row, place what depends on tokens, and sum the losses."""
-        plan = self.plan
-        outputs = self.outputs(loss, lse, log_prob, entropy, argmax, unbounded)
-        # One block at least: it places the loss of no rows.
-        self.launch(
-            "portable/tokens", "finish_rows", (max(-(-plan.capacity // _THREADS), 1), 1),
-            (_THREADS, 1), *self.map, *self._segment_sums(argmax != 0),
-            plan.segments if self.problem.vocab else 0, plan.capacity, *outputs,
-        )  # fmt: skip
-
-    def outputs(
-        self, loss: int, lse: int, log_prob: int, entropy: int, argmax: int, unbounded: int
-    ) -> tuple[Any, ...]:
-        """Return how rows become losses, and where to; for the last arguments of `finish_rows`."""
         problem, room, by_token = self.problem, self.room, self.problem.reduction == "none"
-        return (
+        outputs = (
             *self.loss_options, *self.weights,
             room["row_lse"], loss if by_token else 0, lse, log_prob, entropy, argmax, unbounded,
             room["loss_parts"], room["done"], problem.reduction == "mean", room["normalizer"],
             0 if by_token else loss,
+        )  # fmt: skip
+        self.merge_rows(outputs, statistics=argmax != 0)
+
+    def merge_rows(self, outputs: tuple[Any, ...], *, statistics: bool) -> None:
+        """Merge what the forward left; `outputs` are the last arguments of `finish_rows`."""
+        plan = self.plan
+        # One block at least: it places the loss of no rows.
+        self.launch(
+            "portable/tokens", "finish_rows", (max(-(-plan.capacity // _THREADS), 1), 1),
+            (_THREADS, 1), *self.map, *self._segment_sums(statistics),
+            plan.segments if self.problem.vocab else 0, plan.capacity, *outputs,
         )  # fmt: skip
 
     def backward(self, dloss: int, dlse: int, outputs: BackwardOutputs) -> None:

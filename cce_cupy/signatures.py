@@ -95,7 +95,7 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
     "sm90/rows.cu": {
         "target_logits": (
             MATRIX, MATRIX, POINTER, INT64, LOGIT_OPTIONS, ROW_MAP, *[POINTER] * 5, INT64,
-            INT32, POINTER, INT64,
+            POINTER, INT64,
         ),
         "finish_rows": (
             ROW_MAP, UNIT_SUMS, INT64, INT64, POINTER, LOSS_OPTIONS, WEIGHTS, ROW_OUTPUTS, LOSS_SUM

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import ml_dtypes
 import numpy as np
@@ -86,21 +85,36 @@ def test_thresholds_are_independent_from_seed_to_seed():
         assert abs(covariance) < 5 / 12 / np.sqrt(count)
 
 
-@pytest.mark.parametrize("count", [16, 64, 1000, 20_000])
-@pytest.mark.parametrize("counter", ["chunks", "tiles", "both"])
-def test_neighbouring_thresholds_are_spread_evenly(counter, count):
-    for seed, tile, first in ((0, 0, 0), (1, 1000, 77), (2**64 - 1, 5, 3_000_000)):
+SPOTS = [(0, 0, 0), (1, 1000, 77), (2**64 - 1, 5, 3_000_000)]
+"""Seeds, row tiles and chunks from which neighbours are counted."""
+
+
+@pytest.mark.parametrize("count", [64, 1000, 20_000])
+@pytest.mark.parametrize("counter", ["chunks", "tiles"])
+def test_neighbouring_thresholds_keep_their_distance(counter, count):
+    """On a circle; of independent ones some pair is about 1 / count^2 apart."""
+    for seed, tile, first in SPOTS:
         if counter == "chunks":
             u = kept.uniforms(seed, tile, first, first + count)
-        elif counter == "tiles":
-            rows = range(tile, tile + count)
-            u = np.concatenate([kept.uniforms(seed, row, first, first + 1) for row in rows])
         else:
-            side = math.isqrt(count)
-            rows = range(tile, tile + side)
-            u = np.concatenate([kept.uniforms(seed, row, first, first + side) for row in rows])
-        # Independent ones are about sqrt(count) / 2 places away from where an even spread has them.
-        assert len(u) * _distance_from_uniform(u) < 8
+            u = thresholds(seed, tile, first, count, 1)
+        distances = np.diff(np.sort(u.astype(np.float64)), append=u.min() + 1.0)
+        assert distances.min() > 0.1 / count
+        assert distances.max() < 5 / count
+
+
+@pytest.mark.parametrize("side", [31, 141])
+def test_thresholds_of_neighbouring_tiles_and_chunks_are_spread_evenly(side):
+    for spot in SPOTS:
+        u = thresholds(*spot, side, side)
+        # Independent ones are about side / 2 places from where an even spread has them: 15, 70.
+        assert u.size * _distance_from_uniform(u) < 8
+
+
+def thresholds(seed, tile, first, tiles, chunks):
+    """Those of some row tiles and chunks, in one array."""
+    rows = range(tile, tile + tiles)
+    return np.concatenate([kept.uniforms(seed, row, first, first + chunks) for row in rows])
 
 
 def _distance_from_uniform(u):

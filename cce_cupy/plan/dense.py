@@ -25,10 +25,8 @@ _UNFINISHED = 512
 _LAUNCHES = 1600
 """What the launches of a chunk cost, likewise."""
 
-
 _SIZES = 8
 """Of chunks that are compared for one number of them, about: a plan must not take long."""
-
 
 _CLOSE = 1.005
 """Costs that are no further apart count as the same."""
@@ -157,7 +155,7 @@ class Blocks(NamedTuple):
     @property
     def largest(self) -> int:
         """Those of the largest chunk."""
-        return self.last if self.chunks == 1 else max(self.each, self.last)
+        return max(self.each, self.last)
 
     @property
     def before_last(self) -> int:
@@ -227,7 +225,6 @@ def chunks_cost(sizes: DenseSizes, blocks: Blocks) -> float:
     return (blocks.chunks - 1) * one(blocks.each) + one(blocks.last)
 
 
-@functools.lru_cache(maxsize=4096)
 def _chunk_cost(sizes: DenseSizes, blocks: int, *, unfinished: bool) -> float:
     tokens, dim = sizes.tokens, sizes.dim
     clusters, columns = sizes.processors // _CLUSTER, min(blocks * ORDER_BLOCK, sizes.vocab)

@@ -8,11 +8,12 @@ using namespace cce;
 
 // The logit of each row's target from a product of its own: what the row's sums are relative to, and
 // a first lower bound of its lse. One warp a row. Also packs the rows of e that do not follow each other in
-// their row tile, or all, where there is room for `packed_rows`, and clears the bits, of `words` words.
+// their row tile, and all of a single one, where there is room for `packed_rows`; and clears the bits, of
+// `words` words.
 extern "C" __global__ void __launch_bounds__(256)
     target_logits(Matrix e, Matrix c, const Storage* bias, int64 dim, LogitOptions options,
                   RowMap map, float* own, int* bound, float* finished, float* target_logit,
-                  Storage* packed, int64 packed_rows, int packs_all, uint32* bits, int64 words) {
+                  Storage* packed, int64 packed_rows, uint32* bits, int64 words) {
   const int64 thread = blockIdx.x * static_cast<int64>(blockDim.x) + threadIdx.x;
   for (int64 i = thread; i < words; i += static_cast<int64>(gridDim.x) * blockDim.x) bits[i] = 0;
   const int64 row = thread / 32;
@@ -20,8 +21,8 @@ extern "C" __global__ void __launch_bounds__(256)
   struct alignas(16) Word {
     Storage value[8];
   };
-  const bool packs =
-      packed != nullptr && (packs_all || !TileRows(map, count, row / kTileM).follow);
+  const bool packs = packed != nullptr && (packed_rows <= kTileM ||
+                                           !TileRows(map, count, row / kTileM).follow);
   Word* to = reinterpret_cast<Word*>(packed + row * dim);
   if (row >= count) {
     // Sums of what happens to lie there could be too large, which takes time.

@@ -25,9 +25,6 @@ from typing import NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
-from cce_cupy import compiler  # noqa: E402
-
 TOOLS = ("racecheck", "memcheck", "initcheck", "synccheck")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 FILTERS = range(4)
@@ -129,25 +126,8 @@ ENVIRONMENT = {
 
 def warm_up() -> None:
     """Compile all kernels, on all cores; one that does not compile fails in the jobs."""
-
-    def compile_one(unit: tuple[str, str]) -> None:
-        command = [sys.executable, "-c", COMPILE, *unit]
-        subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, check=False)
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(compile_one, itertools.product(compiler.KERNELS, DTYPES)))
-
-
-COMPILE = """\
-import sys
-import cupy
-from cce_cupy import compiler
-file, dtype = sys.argv[1:]
-digits = cupy.cuda.Device(0).compute_capability
-if compiler.serves(file, dtype, (int(digits[:-1]), int(digits[-1]))):
-    for name in compiler.KERNELS[file]:
-        compiler.kernel(0, file, name, dtype)
-"""
+    command = [sys.executable, "-m", "cce_cupy", "warmup"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, check=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -216,7 +216,7 @@ def test_few_tokens(cupy, dtype, workspace, n):
 @pytest.mark.parametrize("softcap", [0.5, 4.0, 30.0, 1000.0])
 @pytest.mark.parametrize("length", [0.02, 1.0, 5.0])
 def test_softcaps_near_the_logits_and_far(cupy, dtype, softcap, length):
-    """Where no logit of a warp comes near the cap its tanh is a short series."""
+    """Where no logit of a warp is beyond the cap its tanh is a series."""
     case = problem(n=200, v=700, d=136, dtype=dtype, softcap=softcap)
     case.e[:] = (case.e.astype(np.float32) * length).astype(case.e.dtype)
     # Of a warp some are far and some near.
