@@ -172,8 +172,12 @@ class Jax:
     @functools.cached_property
     def module(self):
         jax = pytest.importorskip("jax")
+        import cupy
+
         try:
-            jax.devices("gpu")
+            # Which device is current is XLA's to change when it starts, and the test's to keep.
+            with cupy.cuda.Device():
+                jax.devices("gpu")
         except RuntimeError as error:
             pytest.skip(f"this JAX has no GPU: {error}")
         return jax
