@@ -205,7 +205,8 @@ class HopperLauncher(HopperForwardLauncher):
             *self.e, *self.c, *self.map, inputs.bias, 0 if rank_one else smoothing, problem.dim,
             *self.logit_options, *(self.filter() if sweep.filtered else (0.0, 1.0, False)),
             part.first_tile, part.tiles, taken, attempt, *order, room["row_lse"], *self.factors(),
-            room["counters"], *lists, room["records"], cut.pairs_in_one, *passed, ready,
+            room["counters"], room["target_rest"], *lists, room["records"], cut.pairs_in_one,
+            *passed, ready,
             room["dz_sum"] if with_bias else 0, room["records"] + cut.low_offset,
             smoothing if rank_one else 0,
             room["classifier_total"] if rank_one and wants_e else 0,
@@ -234,8 +235,8 @@ class HopperLauncher(HopperForwardLauncher):
                 boxes(e.pointer, tokens, dim, e.stride, ROW_TILE),
                 boxes(chunk, columns, dim, c.stride, TILE_COLUMNS // 2),
                 *self.e, *self.map, tokens, dim, first, columns, *self.logit_options,
-                unit_tiles, dense.group, room["row_lse"], *self.factors(), largest, records,
-                dense.width,
+                unit_tiles, dense.group, room["row_lse"], *self.factors(),
+                room["target_rest"], largest, records, dense.width,
             )  # fmt: skip
             # Sums of dE that wait where the last rows of dC will be have to be taken up before.
             apart = dense.waiting > 0 and first + columns == vocab
@@ -246,6 +247,7 @@ class HopperLauncher(HopperForwardLauncher):
                     boxes(e.pointer, tokens, dim, e.stride, _BOX),
                     boxes(chunk, columns, dim, c.stride, _BOX),
                     room["count"], tokens, dim, first, columns, vocab, problem.logit_scale,
-                    largest, waiting if dense.waiting else 0, dense.waiting,
+                    *self.c, room["target"], room["target_rest"], largest,
+                    waiting if dense.waiting else 0, dense.waiting,
                     records + dense.low_offset, of_e, of_c,
                 )  # fmt: skip

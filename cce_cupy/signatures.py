@@ -38,16 +38,17 @@ ORDER_SCRATCH = "9P"
 PAIRS = "5Pi0P3P"  # their lists and records, what is carried, and what has passed
 HOPPER_BACKWARD = (
     MATRIX + MATRIX + ROW_MAP + "PPq" + LOGIT_OPTIONS + FILTER + "qqPq" + COLUMN_ORDER + "P"
-    + ROW_FACTORS + "P" + PAIRS + "12P" + "q"
+    + ROW_FACTORS + "PP" + PAIRS + "12P" + "q"
 )  # fmt: skip
 """e, c, map; bias, smoothing, dim; row tiles, whose work it is, order; row_lse, factors; pairs;
 what is summed."""
 
-DENSE_DLOGITS = MATRIX + ROW_MAP + "4q" + LOGIT_OPTIONS + "iiP" + ROW_FACTORS + "PPq"
-"""e, map; tokens, dim, columns; options, order of work; row_lse, factors, largest; dz."""
+DENSE_DLOGITS = MATRIX + ROW_MAP + "4q" + LOGIT_OPTIONS + "iiP" + ROW_FACTORS + "PPPq"
+"""e, map; tokens, dim, columns; options, order of work; row_lse, factors, rests, largest; dz."""
 
-DENSE_GRADIENTS = "P5qdPPq3P"
-"""count; tokens, dim, columns; scale, largest; unfinished sums; what is summed."""
+DENSE_GRADIENTS = "P5qd" + MATRIX + "PP" + "PPq3P"
+"""count; tokens, dim, columns; scale; c, targets, rests; largest; unfinished sums; what is
+summed."""
 
 _FORWARD = (
     MATRIX, MATRIX, POINTER, POINTER, INT64, INT64, INT64, INT64, LOGIT_OPTIONS, FILTER, ROW_MAP,

@@ -277,7 +277,7 @@ def test_sources_for_hopper_are_compiled_where_the_plan_chooses_them():
 
 def apart_from_tokens(plan):
     """Bytes of the backward's workspace besides those of each token, of totals and of counters."""
-    names = ("factor_softmax", "factor_onehot", "factor_smoothing", "counters")
+    names = ("factor_softmax", "factor_onehot", "factor_smoothing", "target_rest", "counters")
     totals = ("classifier_total", "embedding_total", "smoothing_classifier", "smoothing_embedding")
     return sum(n for name, n in plan.backward.items() if name not in names + totals)
 

@@ -251,6 +251,7 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         totals = dict.fromkeys(("classifier_total", "embedding_total"), 4 * dim if smooths else 0)
         passes = hopper_backward.attempts + 1 + -(-tiles // hopper_backward.row_tiles)
         backward |= {
+            "target_rest": 4 * rows,
             "counters": 8 + hopper_backward.counters[-1] * passes,
             **totals,
             **hopper_backward.room,

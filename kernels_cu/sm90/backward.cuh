@@ -108,6 +108,7 @@ struct BackwardArguments {
   const float* row_lse;
   RowFactors factors;
   const uint32* largest;  // of the rows' factors, as an integer
+  float* target_rest;     // of each row: what rounding takes from the record of its target
   int* list;              // column of each pair, those of a row tile after each other
   int* item;              // items of dz in the order in which they are taken; see LogitItem
   int* slot;              // by rank in the vocabulary's order: the pair, if it passed, or -1

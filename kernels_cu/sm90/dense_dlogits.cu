@@ -19,6 +19,7 @@ struct DenseDlogitArguments {
   int group;
   const float* row_lse;
   RowFactors factors;
+  float* target_rest;     // of each row: what rounding takes from its target's
   const uint32* largest;  // of the rows' factors, as an integer
   Storage* dz;
   int64 pitch;    // elements from row to row, a multiple of 8
@@ -122,9 +123,11 @@ __device__ __forceinline__ void store_targets(float (&z)[kSums], DenseShared& sh
     if (own[half] < 0) continue;
     const int row = shared.row[this_thread()] + 64 * m + 8 * half;
     const int column = left + SumPlace::column(q, own[half] / 2, own[half] % 2);
-    call.dz[row * call.pitch + column] =
-        narrow(dense_dlogit<kPlain>(product[half], DenseForm(call.options), shared.lse.at(m, half),
-                                    shared.softmax.at(m, half), shared.onehot.at(m, half)));
+    const float dz = dense_dlogit<kPlain>(product[half], DenseForm(call.options),
+                                          shared.lse.at(m, half), shared.softmax.at(m, half),
+                                          shared.onehot.at(m, half));
+    call.dz[row * call.pitch + column] = narrow(dz);
+    call.target_rest[row] = rounded_off(dz);
   }
 }
 

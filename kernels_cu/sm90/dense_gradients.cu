@@ -18,6 +18,9 @@ struct DenseGradientArguments {
   int64 columns;  // of the chunk
   int64 vocab;
   double scale;           // of the logits
+  Matrix c;
+  const int64* target;
+  const float* target_rest;  // of each row: what rounding took from its target's dz
   const uint32* largest;  // of the rows' factors, as an integer
   // Low halves of unfinished sums, (tokens, D): those of the first rows wait in rows of dC that come last,
   // the others in the workspace; the high ones in de.
@@ -178,6 +181,8 @@ __device__ __forceinline__ void form_embedding(DenseShared& shared, const DenseG
   settle(sums);
   multiply<0>(sums, shared, consumer, item.steps, place);
   if (call.first + call.columns >= call.vocab) {
+    const int64 at[2] = {own, own + 8};
+    add_target_rests(sums, call.c, call.target, call.target_rest, at, call.tokens, item.part, dim, q);
     store_rows(sums, item.part, dim, dense_scale(call), row, q);
   } else {
     keep_sums(sums, item.part, dim, row, low, q);

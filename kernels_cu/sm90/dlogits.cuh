@@ -320,6 +320,9 @@ __device__ __forceinline__ uint32 finish_logits(float (&z)[kLogits], const Share
       };
       const float first = dz(0), second = dz(1);
       if constexpr (!kPlain) sum += first + second;
+      float* const rest = call.target_rest + tile * kRowTile + row;
+      if (own.column >= 0 && own.column == factors.target[row]) rest[0] = rounded_off(first);
+      if (own.column >= 0 && own.column == factors.target[row + 1]) rest[1] = rounded_off(second);
       return narrow_pair(first, second);
     });
   } else {

@@ -125,4 +125,16 @@ __device__ __forceinline__ uint32 narrow_pair(float first, float second) {
   return *reinterpret_cast<const uint32*>(&pair);
 }
 
+// The two numbers of such a word.
+__device__ __forceinline__ float2 widen_pair(uint32 word) {
+#if CCE_DTYPE == 2
+  return __half22float2(*reinterpret_cast<const __half2*>(&word));
+#else
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000u));
+#endif
+}
+
+// What rounding takes from a number.
+__device__ __forceinline__ float rounded_off(float x) { return x - widen(narrow(x)); }
+
 }  // namespace cce

@@ -53,6 +53,37 @@ __device__ __forceinline__ int element_of(int part, int span, int side, int q) {
   return part * kWidth + 8 * span + 2 * q + side;
 }
 
+// Loads behind it stay there.
+__device__ __forceinline__ void no_loads_across() { asm volatile("" ::: "memory"); }
+
+// Add what the records of the rows' targets have lost to rounding, half of the error of dE: a row of c for
+// each. `at` are the rows among those that count; beyond `count` there is none.
+template <int kSums>
+__device__ __forceinline__ void add_target_rests(float (&sums)[kSums], const Matrix& c,
+                                                 const int64* target, const float* rest,
+                                                 const int64 (&at)[2], int64 count, int part, int dim,
+                                                 int q) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64 column = at[half] < count ? target[at[half]] : -1;
+    const float by = column >= 0 ? __ldcg(rest + at[half]) : 0.0f;
+    // Nothing times infinity would not be a number.
+    if (by == 0.0f) continue;
+    const Storage* const from = c.row(column);
+#pragma unroll
+    for (int span = 0; span < kSums / 4; ++span) {
+      const int d = element_of(part, span, 0, q);
+      // Some words at a time: there are no registers for more.
+      if (span % 4 == 0) no_loads_across();
+      if (d >= dim) continue;
+      const float2 pair = widen_pair(*reinterpret_cast<const uint32*>(from + d));
+      float* own = &sums[gradient_index(span, half, 0)];
+      own[0] = fmaf(by, pair.x, own[0]);
+      own[1] = fmaf(by, pair.y, own[1]);
+    }
+  }
+}
+
 // Store rounded sums times `scale`.
 template <int kSums>
 __device__ __forceinline__ void store_rows(const float (&sums)[kSums], int part, int dim, float scale,

@@ -60,13 +60,15 @@ __device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArg
     return;
   }
   float smoothing[2] = {};
+  int64 at[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64 at = (call.first_tile + item.place) * kRowTile + consumer * 64 + thread / 32 * 16 +
-                     thread % 32 / 4 + 8 * half;
-    if (!kPlain && call.smoothing_classifier != nullptr && at < count)
-      smoothing[half] = call.factors.smoothing[at];
+    at[half] = (call.first_tile + item.place) * kRowTile + consumer * 64 + thread / 32 * 16 +
+               thread % 32 / 4 + 8 * half;
+    if (!kPlain && call.smoothing_classifier != nullptr && at[half] < count)
+      smoothing[half] = call.factors.smoothing[at[half]];
   }
+  add_target_rests(sums, call.c, call.map.target, call.target_rest, at, count, item.part, dim, q);
   finish_rows<kPlain>(sums, call, item.part, call.smoothing_classifier, smoothing, row, q);
 }
 

@@ -326,6 +326,32 @@ def test_bits_of_dense_chunks(cupy, dtype):
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}])
+@pytest.mark.parametrize("way", ["dense", "gathered", "chunks"])
+def test_targets_lose_nothing_to_rounding_in_de(cupy, dtype, options, way):
+    """dz is kept in the inputs' dtype, but for what rounding takes from the targets' in dE."""
+    case = problem(n=500, v=3000, d=136, dtype=dtype, bias=False, **options)
+    kind = case.e.dtype
+    case.e[:] = (2 * case.e.astype(np.float32)).astype(kind)
+    e, c = case.e.astype(np.float64), case.c.astype(np.float64)
+    # Likely ones: of others nearly nothing is lost.
+    case.targets[:] = (e @ c.T).argmax(1)
+    filtering = UNFILTERED
+    if way != "dense":
+        filtering = {"gradient_filter": "threshold", "filter_eps": 1e-12}
+    if way == "chunks":
+        filtering = filtering | {"workspace_bytes": 2**20}
+        assert plan_of(case, **filtering).hopper_backward.pairs < 4 * 3000
+    found = cce_cupy.linear_cross_entropy_value_and_grad(**sent(cupy, case), **filtering)[1]
+    dz, slope = case.oracle().dlogits()[0], case.oracle().slope
+    exact = (dz * slope) @ c
+    rounded = (dz * slope).astype(np.float32).astype(kind).astype(np.float64) @ c
+    rounded = rounded.astype(np.float32).astype(kind).astype(np.float64)
+    errors = cupy.get(found.e).astype(np.float64) - exact, rounded - exact
+    assert np.linalg.norm(errors[0]) < 0.87 * np.linalg.norm(errors[1])
+
+
 @pytest.mark.parametrize("side", ["e", "c"])
 def test_one_dense_side(cupy, side):
     """Where one side alone is not filtered its pass is the dense one, to the bit."""
