@@ -10,26 +10,39 @@ constexpr int kWarps = kWalkers / 32;
 constexpr int kRowThreads = 256;  // those of kernels with a thread for each row
 static_assert(kWarps == 32, "one lane for each warp");
 
+// Tokens of a round, 32 of a warp's next to each other at a time.
+constexpr int kTurns = 8;
+constexpr int kWarpTokens = 32 * kTurns;
+constexpr int kRound = kWarps * kWarpTokens;
+
 // Targets as they come: any integer dtype.
 struct Targets {
   const void* data;
   int bytes;
   int is_signed;
 
-  // The value, or -1 where it is above what int64 holds, which no class is.
-  __device__ __forceinline__ int64 read(int64 i) const {
+  // A thread's of a round, from `first` on. Those of uint64 above what int64 holds become negative.
+  __device__ __forceinline__ void read(int64 first, int64 tokens, int64 (&value)[kTurns]) const {
     switch (bytes) {
       case 1:
-        return is_signed ? static_cast<const signed char*>(data)[i]
-                         : static_cast<const unsigned char*>(data)[i];
+        return is_signed ? read_as<signed char>(first, tokens, value)
+                         : read_as<unsigned char>(first, tokens, value);
       case 2:
-        return is_signed ? static_cast<const short*>(data)[i]
-                         : static_cast<const unsigned short*>(data)[i];
+        return is_signed ? read_as<short>(first, tokens, value)
+                         : read_as<unsigned short>(first, tokens, value);
       case 4:
-        return is_signed ? static_cast<const int*>(data)[i]
-                         : static_cast<int64>(static_cast<const unsigned int*>(data)[i]);
+        return is_signed ? read_as<int>(first, tokens, value)
+                         : read_as<unsigned int>(first, tokens, value);
       default:
-        return static_cast<const int64*>(data)[i];
+        return read_as<int64>(first, tokens, value);
+    }
+  }
+  template <typename Integer>
+  __device__ __forceinline__ void read_as(int64 first, int64 tokens, int64 (&value)[kTurns]) const {
+#pragma unroll
+    for (int k = 0; k < kTurns; ++k) {
+      const int64 i = first + 32 * k;
+      value[k] = i < tokens ? static_cast<int64>(static_cast<const Integer*>(data)[i]) : 0;
     }
   }
   __device__ __forceinline__ bool too_large(int64 value) const {
@@ -37,12 +50,20 @@ struct Targets {
   }
 };
 
+// Over a warp's lanes, on devices without an instruction for it too.
+__device__ __forceinline__ uint32 warp_sum(uint32 own) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) own += __shfl_xor_sync(~0u, own, step);
+  return own;
+}
+
 }  // namespace cce
 
 using namespace cce;
 
 // Map the tokens that are paired and not ignored to compact rows, in order, and clear what later
-// kernels add to: the marks of row tiles, and a count of blocks. One block.
+// kernels add to: the marks of row tiles, and a count of blocks. One block; each warp has tokens next to
+// each other, so that one barrier a round tells it how many come before.
 extern "C" __global__ void __launch_bounds__(kWalkers)
     map_rows(Targets targets, int64 tokens, int64 length, int64 shift, int64 ignore_index,
              int ignore_above, int64 vocab, int has_seed, uint64 given_seed, int64* source, int64* position,
@@ -55,57 +76,69 @@ extern "C" __global__ void __launch_bounds__(kWalkers)
     *done = 0;
   }
   for (int64 i = threadIdx.x; i < (tokens + kRowTile - 1) / kRowTile; i += kWalkers) unbounded[i] = 0;
-  __syncthreads();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int64 before = 0;
   uint32 low = 0, high = 0;
-  int turn = 0;
-  int64 next = threadIdx.x < tokens ? targets.read(threadIdx.x) : 0;
-  for (int64 start = 0; start < tokens; start += kWalkers, turn ^= 1) {
-    const int64 i = start + threadIdx.x;
-    int64 value = next;
-    bool counts = false;
-    // Read before the barriers of this turn, so that nobody waits for it.
-    if (i + kWalkers < tokens) next = targets.read(i + kWalkers);
-    if (i < tokens) {
-      const bool too_large = targets.too_large(value);
+  int round = 0;
+  for (int64 start = 0; start < tokens; start += kRound, round ^= 1) {
+    const int64 first = start + warp * kWarpTokens + lane;
+    int64 value[kTurns];
+    uint32 counting[kTurns];  // of the warp's lanes
+    targets.read(first, tokens, value);
+    int own = 0;
+#pragma unroll
+    for (int k = 0; k < kTurns; ++k) {
+      const int64 i = first + 32 * k;
+      const bool too_large = targets.too_large(value[k]);
       // ignore_above: 1 where only a uint64 holds ignore_index, 2 where no dtype does.
       const bool ignored = too_large == (ignore_above != 0) && ignore_above != 2 &&
-                           value == ignore_index;
+                           value[k] == ignore_index;
       // A division of 64 bits takes as long as a read.
-      counts = !ignored && (shift == 0 || i % length >= shift);
-      if (too_large) value = -1;
+      const bool counts = i < tokens && !ignored && (shift == 0 || i % length >= shift);
+      // What int64 does not hold is no class.
+      if (too_large) value[k] = -1;
+      counting[k] = __ballot_sync(~0u, counts);
+      own += __popc(counting[k]);
     }
-    const uint32 ballot = __ballot_sync(~0u, counts);
-    if (lane == 0) of_warp[turn][warp] = __popc(ballot);
+    if (lane == 0) of_warp[round][warp] = own;
     // The other buffer's readers have come here too before it is written again.
     __syncthreads();
-    int sum = of_warp[turn][lane];
+    int sum = of_warp[round][lane];
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const int lower = __shfl_up_sync(~0u, sum, step);
       if (lane >= step) sum += lower;
     }
-    const int earlier_warps = warp == 0 ? 0 : __shfl_sync(~0u, sum, max(warp - 1, 0));
-    if (counts) {
-      const uint32 earlier = ballot & ((1u << lane) - 1u);
-      const int64 row = before + earlier_warps + __popc(earlier);
-      const bool wrong = value < 0 || value >= vocab;
-      source[row] = i - shift;
-      position[row] = i;
-      target[row] = wrong ? -1 : value;
-      if (wrong) atomicMin(first_wrong, i);
-      const uint32 counter = static_cast<uint32>(row) * 0x9E3779B9u;
-      const uint32 hashed =
-          mix(mix(counter ^ static_cast<uint32>(value >> 32)) ^ static_cast<uint32>(value));
-      high += hashed;
-      low += mix(hashed ^ 0x85EBCA6Bu);
+    const int upto = __shfl_sync(~0u, sum, warp), all = __shfl_sync(~0u, sum, kWarps - 1);
+    int64 next = before + upto - own;
+    before += all;
+#pragma unroll
+    for (int k = 0; k < kTurns; ++k) {
+      if (counting[k] >> lane & 1u) {
+        const int64 i = first + 32 * k, row = next + __popc(counting[k] & ((1u << lane) - 1u));
+        const bool wrong = value[k] < 0 || value[k] >= vocab;
+        source[row] = i - shift;
+        position[row] = i;
+        target[row] = wrong ? -1 : value[k];
+        if (wrong) atomicMin(first_wrong, i);
+        const uint32 counter = static_cast<uint32>(row) * 0x9E3779B9u;
+        const uint32 hashed = mix(mix(counter ^ static_cast<uint32>(value[k] >> 32)) ^
+                                  static_cast<uint32>(value[k]));
+        high += hashed;
+        low += mix(hashed ^ 0x85EBCA6Bu);
+      }
+      next += __popc(counting[k]);
     }
-    before += __shfl_sync(~0u, sum, 31);
   }
-  // Sums of integers: the same in any order.
-  atomicAdd(&hash_high, high);
-  atomicAdd(&hash_low, low);
+  high = warp_sum(high);
+  low = warp_sum(low);
+  // Behind the zeros.
+  __syncthreads();
+  if (lane == 0) {
+    // Sums of integers: the same in any order.
+    atomicAdd(&hash_high, high);
+    atomicAdd(&hash_low, low);
+  }
   __syncthreads();
   if (threadIdx.x == 0) {
     *count = before;

@@ -76,7 +76,7 @@ def test_thresholds_are_those_of_the_cpu(seed, tile):
         assert out.get().tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("n", [1, 127, 1023, 1024, 1025, 3000])
+@pytest.mark.parametrize("n", [1, 127, 256, 257, 3000, 8192, 8193, 20_000])
 @pytest.mark.parametrize("integer", INTEGERS)
 def test_derived_seed_is_that_of_the_cpu(road, n, integer):
     """The bits of seed=None are those of the seed that the CPU derives, and of no other."""
