@@ -12,6 +12,7 @@ from .launcher import BackwardOutputs, Launcher
 from .plan import (
     ITEMSIZE,
     ORDER_THREADS,
+    PASSED_BYTES,
     ROW_TILE,
     TILE_COLUMNS,
     DenseCut,
@@ -44,7 +45,7 @@ _TAKEN = 4
 """Bytes of the largest factor; behind it stands whether an attempt took on both gradients."""
 
 _HEAD = 8
-"""Bytes of the two, which stand before the counters of the passes."""
+"""Bytes of the two, which stand before the counters of the passes and behind PASSED_BYTES."""
 
 
 class HopperForwardLauncher(Launcher):
@@ -120,17 +121,21 @@ class HopperForwardLauncher(Launcher):
 class HopperLauncher(HopperForwardLauncher):
     """The launches of one call whose backward runs there too."""
 
+    @property
+    def largest(self) -> int:
+        """Where the largest of the rows' factors stands."""
+        return self.room["counters"] + PASSED_BYTES
+
     def backward(self, dloss: int, dlse: int, outputs: BackwardOutputs) -> None:
         """Form the wanted gradients."""
         problem, plan, room, wanted = self.problem, self.plan, self.room, outputs.wanted
         cut = plan.hopper_backward
         assert cut is not None
         self.row_factors(dloss, dlse)
-        self.fill_words(room["counters"], plan.backward["counters"])
         if problem.dtype == "float16":
             self.launch(
                 "sm90/factors", "largest_factor", (1, 1), (1024, 1), room["count"],
-                room["factor_softmax"], room["factor_onehot"], room["counters"],
+                room["factor_softmax"], room["factor_onehot"], self.largest,
             )  # fmt: skip
         if self.rank_one:
             self.smoothing_sums(wanted)
@@ -141,7 +146,7 @@ class HopperLauncher(HopperForwardLauncher):
                         room[f"smoothing_{name}"], plan.smoothing_parts, problem.dim,
                         room[f"{name}_total"],
                     )  # fmt: skip
-        counters = room["counters"] + _HEAD
+        counters = self.largest + _HEAD
         if cut.attempts and wanted.e and wanted.c:
             both = Sweep(e=True, c=True, filtered=True)
             self._pass(cut, both, HopperPass(0, plan.tiles, 0), counters, outputs, attempt=True)
@@ -175,7 +180,7 @@ class HopperLauncher(HopperForwardLauncher):
         ordered, queue, arrived, active, any_column, ready = (
             counters + at for at in cut.counters[:-1]
         )
-        rank_one, wanted, taken = self.rank_one, outputs.wanted, room["counters"] + _TAKEN
+        rank_one, wanted, taken = self.rank_one, outputs.wanted, self.largest + _TAKEN
         wants_e, wants_c = sweep.e and wanted.e, sweep.c and wanted.c
         if sweep.filtered:
             may_wait_in_dc = wants_e and wants_c and cut.zeros_in_dc
@@ -205,7 +210,7 @@ class HopperLauncher(HopperForwardLauncher):
             *self.e, *self.c, *self.map, inputs.bias, 0 if rank_one else smoothing, problem.dim,
             *self.logit_options, *(self.filter() if sweep.filtered else (0.0, 1.0, False)),
             part.first_tile, part.tiles, taken, attempt, *order, room["row_lse"], *self.factors(),
-            room["counters"], room["target_rest"], *lists, room["records"], cut.pairs_in_one,
+            self.largest, room["target_rest"], *lists, room["records"], cut.pairs_in_one,
             *passed, ready,
             room["dz_sum"] if with_bias else 0, room["records"] + cut.low_offset,
             smoothing if rank_one else 0,
@@ -220,7 +225,7 @@ class HopperLauncher(HopperForwardLauncher):
     def _dense(self, dense: DenseCut, de: int, dc: int) -> None:
         """Form gradients of all columns chunk by chunk; nothing where any token is ignored."""
         problem, room, inputs = self.problem, self.room, self.inputs
-        largest, records = room["counters"], room["records"]
+        largest, records = self.largest, room["records"]
         tokens, vocab, dim = problem.tokens, problem.vocab, problem.dim
         e, c = inputs.e, inputs.c
 

@@ -236,14 +236,6 @@ class Launcher:
                 room["smoothing"], room["smoothing_total"],
             )  # fmt: skip
 
-    def fill_words(self, pointer: int, nbytes: int, value: int = 0) -> None:
-        """Set 8-byte words of workspace."""
-        blocks = min(-(-nbytes // 8 // _THREADS), 1024)
-        self.launch(
-            "portable/tokens", "fill_integers", (blocks, 1), (_THREADS, 1),
-            pointer, nbytes // 8, value,
-        )  # fmt: skip
-
     def forward(self, *, bits: int, statistics: bool) -> None:
         """Visit every logit; leave the segments' sums, and the bits where asked for."""
         problem, plan, room = self.problem, self.plan, self.room
@@ -338,13 +330,14 @@ class Launcher:
         return self.plan.smooths and self.problem.softcap is None
 
     def row_factors(self, dloss: int, dlse: int) -> None:
-        """Find what the gradients of a row's logits are multiplied by."""
+        """Find what the gradients of a row's logits are multiplied by, and clear the counters."""
         problem, plan, room = self.problem, self.plan, self.room
+        blocks = max(-(-plan.capacity // _THREADS), 1)
         self.launch(
-            "portable/tokens", "row_factors", (-(-plan.capacity // _THREADS), 1), (_THREADS, 1),
+            "portable/tokens", "row_factors", (blocks, 1), (_THREADS, 1),
             *self.map, *self.loss_options, *self.weights, self.inputs.bias,
             room["normalizer"], room["row_lse"], dloss, problem.reduction == "none", dlse,
-            *self.factors(),
+            *self.factors(), room["counters"], plan.backward["counters"] // 8,
         )  # fmt: skip
 
     def factors(self) -> tuple[int, ...]:

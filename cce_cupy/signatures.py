@@ -65,9 +65,8 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
         "finish_rows": (ROW_MAP, SEGMENTS, LOSS_OPTIONS, WEIGHTS, ROW_OUTPUTS, LOSS_SUM),
         "row_factors": (
             ROW_MAP, LOSS_OPTIONS, WEIGHTS, POINTER, POINTER, POINTER, POINTER, INT32,
-            *[POINTER] * 4,
+            *[POINTER] * 5, INT64,
         ),
-        "fill_integers": (POINTER, INT64, INT64),
     },
     "portable/forward.cu": {
         "first_bound": (

@@ -68,10 +68,10 @@ def test_warnings_are_complaints(line: str) -> None:
 
 def test_parameters_are_compared_with_the_signatures() -> None:
     ptx = """
-.visible .entry fill_integers(
-	.param .u64 .ptr .align 1 fill_integers_param_0,
-	.param .u64 fill_integers_param_1,
-	.param .u32 fill_integers_param_2
+.visible .entry sum_rows(
+	.param .align 8 .b8 sum_rows_param_0[40],
+	.param .u64 .ptr .align 1 sum_rows_param_1,
+	.param .u32 sum_rows_param_2
 )
 .visible .entry takes_structs(
 	.param .align 8 .b8 takes_structs_param_0[24],
@@ -79,12 +79,12 @@ def test_parameters_are_compared_with_the_signatures() -> None:
 )
 """
     assert kernel_resources.read_parameters(ptx) == {
-        "fill_integers": [8, 8, 4],
+        "sum_rows": [40, 8, 4],
         "takes_structs": [24, 8],
     }
-    unit = Unit("portable/tokens.cu", "float32", "sm_80")
+    unit = Unit("portable/backward.cu", "float32", "sm_80")
     assert kernel_resources.complain_of_parameters(unit, ptx) == [
-        "fill_integers takes parameters of [8, 8, 4] bytes, signatures.py says [8, 8, 8]"
+        "sum_rows takes parameters of [40, 8, 4] bytes, signatures.py says [40, 8, 8]"
     ]
 
 

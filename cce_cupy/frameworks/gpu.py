@@ -138,7 +138,7 @@ def filter_effect(
     wanted = Wanted(e=False, c=False, bias=True)
     _, _, sums = call.pullback(memory, nothing, ones, wanted, space)
     count = memory.read_integer(call.saved.words, call.saved.offsets["count"] // 8)
-    passed = memory.read_integer(space.words, space.offsets["passed"] // 8)
+    passed = memory.read_integer(space.words, space.offsets["counters"] // 8)
     pairs = -(-count // ROW_TILE) * problem.vocab
     return passed, pairs, count, sums
 
@@ -391,11 +391,10 @@ def _form_forward(
 
 def _form_backward(launcher: Launcher, at: Mapping[str, int], wanted: Wanted) -> None:
     room = launcher.room
-    launcher.fill_words(room["passed"], 8)
     outputs = BackwardOutputs(
         bits=room["bits"],
         unbounded=room["unbounded"],
-        passed=room["passed"],
+        passed=room["counters"],
         wanted=wanted,
         **{name: at[name] for name in ("de", "dc", "dbias")},
     )

@@ -5,7 +5,7 @@ Pure arithmetic: no array is touched and no GPU is needed to make or to test a p
 
 from ..problem import Problem
 from .dense import DenseCut
-from .gpu import GpuDevice, GpuPlan, Room, make_gpu_plan, saved_room
+from .gpu import PASSED_BYTES, GpuDevice, GpuPlan, Room, make_gpu_plan, saved_room
 from .hopper import ORDER_THREADS, TILE_COLUMNS, HopperBackward, HopperForward, HopperPass
 from .host import Plan, bit_words, make_plan
 from .shared import (
@@ -28,6 +28,7 @@ __all__ = [
     "LARGEST_AUTO_EPS",
     "MARGIN",
     "ORDER_THREADS",
+    "PASSED_BYTES",
     "ROW_TILE",
     "TILE_COLUMNS",
     "DenseCut",

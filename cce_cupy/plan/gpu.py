@@ -44,6 +44,9 @@ class Room(dict[str, int]):
         return sum(whole(size, _PART_ALIGNMENT) for size in self.values())
 
 
+PASSED_BYTES = 8
+"""Of a backward's counters those of the first, the pairs that passed."""
+
 _PART_ALIGNMENT = 256
 _DENSE_BLOCK = 128
 _WIDE_RANGE = 1024
@@ -230,7 +233,7 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         "smoothing_classifier": 8 * _SMOOTHING_PARTS * dim if smooths else 0,
         "smoothing_embedding": 8 * _SMOOTHING_PARTS * dim if smooths else 0,
         "smoothing_rows": 8,
-        "passed": 8,
+        "counters": PASSED_BYTES,
     }
     alike = chosen.e == chosen.c
     hopper_backward = None
@@ -252,7 +255,7 @@ def make_gpu_plan(problem: Problem, device: GpuDevice, *, aligned: bool = True) 
         passes = hopper_backward.attempts + 1 + -(-tiles // hopper_backward.row_tiles)
         backward |= {
             "target_rest": 4 * rows,
-            "counters": 8 + hopper_backward.counters[-1] * passes,
+            "counters": PASSED_BYTES + 8 + hopper_backward.counters[-1] * passes,
             **totals,
             **hopper_backward.room,
         }

@@ -225,12 +225,16 @@ extern "C" __global__ void __launch_bounds__(kRowThreads)
   sum_losses<kRowThreads>(losses, loss, weight);
 }
 
-// Factors of each row in dz = softmax p - onehot [v == target] - smoothing s_v. One thread a row.
+// Factors of each row in dz = softmax p - onehot [v == target] - smoothing s_v, and zeros for what later
+// kernels count. One thread a row.
 extern "C" __global__ void row_factors(RowMap map, LossOptions options, Weights weights,
                                        const Storage* bias, const double* normalizer,
                                        const Sum* row_lse, const Sum* dloss, int dloss_by_token,
-                                       const Sum* dlse, Sum* softmax, Sum* onehot, Sum* smoothing) {
+                                       const Sum* dlse, Sum* softmax, Sum* onehot, Sum* smoothing,
+                                       int64* counters, int64 words) {
   const int64 row = blockIdx.x * static_cast<int64>(blockDim.x) + threadIdx.x;
+  const int64 threads = gridDim.x * static_cast<int64>(blockDim.x);
+  for (int64 i = row; i < words; i += threads) counters[i] = 0;
   if (row >= *map.count) return;
   const int64 target = map.target[row], position = map.position[row];
   const double upstream = dloss == nullptr ? 1.0 : static_cast<double>(dloss[dloss_by_token ? position : 0]);
@@ -247,11 +251,4 @@ extern "C" __global__ void row_factors(RowMap map, LossOptions options, Weights 
   softmax[row] = static_cast<Sum>(factor);
   onehot[row] = removed ? Sum(0) : static_cast<Sum>(pull);
   smoothing[row] = static_cast<Sum>(weight);
-}
-
-// out[i] = value. Grid of any size.
-extern "C" __global__ void fill_integers(int64* out, int64 size, int64 value) {
-  const int64 step = static_cast<int64>(gridDim.x) * blockDim.x;
-  for (int64 i = blockIdx.x * static_cast<int64>(blockDim.x) + threadIdx.x; i < size; i += step)
-    out[i] = value;
 }
