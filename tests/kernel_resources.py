@@ -31,12 +31,12 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
 PROCESSES = 2
 
 TOLERATED = {
-    "sm90/options.cu": {"forward_options": 60, "forward_statistics": 24},
+    "sm90/options.cu": {"forward_options": 164, "forward_statistics": 76},
     "sm90/backward.cu": {"backward": 1952},
     "sm90/backward_options.cu": {"backward_options": 1952},
 }
-"""Bytes of spills, and of stack for them, of kernels in whose main loops there are none: one
-register, written and read once a tile; in the backward what its phases know of a chunk, which
+"""Bytes of spills, and of stack for them, of kernels in whose main loops there are none: a few
+registers, written and read once a tile; in the backward what its phases know of a chunk, which
 waits while they copy and multiply."""
 
 NVRTC = "nvidia-cuda-nvrtc"

@@ -111,12 +111,15 @@ __device__ __forceinline__ void store_targets(float (&z)[kSums], DenseShared& sh
   if (__builtin_expect(!__any_sync(~0u, max(own[0], own[1]) >= 0), 1)) return;
   float product[2] = {};
 #pragma unroll
-  for (int k = 0; k < 2 * kSpans; ++k)
+  for (int half = 0; half < 2; ++half)
+    find_owners(own[half] >= 0, own[half] / 2, own[half] % 2, [&](int span, int own_side) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      one_by_one(z[SumPlace::index(k / 2, half, k % 2)]);
-      if (k == own[half]) product[half] = z[SumPlace::index(k / 2, half, k % 2)];
-    }
+      for (int side = 0; side < 2; ++side) {
+        float& held = z[SumPlace::index(span, half, side)];
+        one_by_one(held);
+        if (side == own_side) product[half] = held;
+      }
+    });
   __syncwarp();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

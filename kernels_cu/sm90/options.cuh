@@ -2,6 +2,7 @@
 // Each function works on a block of 64 rows in a warp group's registers.
 #pragma once
 
+#include "places.cuh"
 #include "state.cuh"
 
 namespace cce {
@@ -12,6 +13,62 @@ __device__ __forceinline__ void take_best(float& best, int& argmax, float other,
   if (other_nan ? !nan || earlier : !nan && (other > best || (other == best && earlier))) {
     best = other;
     argmax = other_at;
+  }
+}
+
+// A softcap of logits some of which may be beyond the reach of its series.
+__device__ __forceinline__ void cap_far_logits(float (&z)[4], float cap) {
+  const float inverse = 1.0f / cap;
+  float tangent[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) tangent[k] = z[k] * inverse;
+  fast_tangents(tangent);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    // What counts for nothing still does: without a comparison, of whose results the assembler would hold
+    // all at once. z * 0 is NaN for an infinity, which tanh would turn into a number.
+    const float capped = fminf(cap * tangent[k], z[k] - kMasked / 2);
+    z[k] = fmaf(z[k], 0.0f, capped);
+  }
+}
+
+// A softcap in place: a series, which takes a fourth of the instructions, for all but the few logits beyond its
+// reach and what a warp has beside them.
+__device__ __forceinline__ void cap_logits(Block z, float cap) {
+  constexpr int kBeside = 8;  // logits of a thread that are tested together
+  constexpr int kFours = kSums / 4;
+  const SoftcapSeries series(cap);
+  uint32 far = 0;  // fours of a thread's logits
+#pragma unroll
+  for (int first = 0; first < kSums; first += kBeside) {
+    float square[kBeside];
+    uint32 largest = 0;
+#pragma unroll
+    for (int k = 0; k < kBeside; ++k) square[k] = z[first + k] * z[first + k];
+#pragma unroll
+    for (int k = 0; k < kBeside; k += 2)
+      largest = largest_of_three(largest, __float_as_uint(square[k]), __float_as_uint(square[k + 1]));
+    if (__all_sync(~0u, largest <= series.reach)) {
+#pragma unroll
+      for (int k = 0; k < kBeside; ++k) z[first + k] = fmaf(z[first + k], series.at(square[k]), z[first + k]);
+    } else {
+      far |= ((1u << kBeside / 4) - 1) << first / 4;
+    }
+  }
+  // The same code for all: code of their own, hardly ever executed, would scatter what is.
+#pragma unroll 1
+  for (; far != 0; far &= far - 1) {
+    const int at = __ffs(far) - 1;
+    float held[4] = {};
+    at_place<0, kFours>(at, [&](int four) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) one_by_one(held[k] = z[4 * four + k]);
+    });
+    cap_far_logits(held, cap);
+    at_place<0, kFours>(at, [&](int four) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) one_by_one(z[4 * four + k] = held[k]);
+    });
   }
 }
 
@@ -43,38 +100,8 @@ __device__ __forceinline__ void make_logits(Block z, const ForwardArguments& cal
     for (int i = 0; i < kSums; ++i) z[i] *= scale;
   }
   if (call.options.softcap <= 0.0) return;
-  const float cap = static_cast<float>(call.options.softcap), inverse = 1.0f / cap;
-  // Few logits are beyond the cap; a warp without any takes half of the instructions. A NaN, which is no one's
-  // largest, comes out of either.
-  float largest[4] = {};
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) largest[i % 4] = fmaxf(largest[i % 4], fabsf(z[i]));
-  largest[0] = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
-  if (__all_sync(~0u, largest[0] <= kSeriesReach * cap)) {
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      const float x = z[i] * inverse;
-      z[i] = fmaf(z[i], tangent_series(x * x), z[i]);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kSums; i += 4) {
-    float tangent[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      one_by_one(z[i + k]);
-      tangent[k] = z[i + k] * inverse;
-    }
-    fast_tangents(tangent);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      // What counts for nothing still does: without a comparison, of whose results the assembler would hold
-      // all at once. z * 0 is NaN for an infinity, which tanh would turn into a number.
-      const float capped = fminf(cap * tangent[k], z[i + k] - kMasked / 2);
-      z[i + k] = fmaf(z[i + k], 0.0f, capped);
-    }
-  }
+  const float cap = static_cast<float>(call.options.softcap);
+  cap_logits(z, cap);
 }
 
 // What label smoothing and the statistics want of the logits, the target's included. These sums wait

@@ -14,44 +14,48 @@ __device__ __forceinline__ void take_targets(Block z, Shared& shared, int m,
                                              const ForwardArguments& call, int row, int left,
                                              uint32* words, int lane) {
   int ahead[2];
-  bool rare = false;
+  bool hit = false, far = false;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int target = __float_as_int(shared.target.at(m, half));
     ahead[half] = target >= left && target < left + kTileN ? target - left : -1;
-    rare |= ahead[half] >= 0 || shared.reference.at(m, half) <= kLowest;
+    hit |= ahead[half] >= 0;
+    far |= shared.reference.at(m, half) <= kLowest;
   }
-  if (__builtin_expect(!__any_sync(~0u, rare), 1)) return;
+  if (__builtin_expect(!__any_sync(~0u, hit || far), 1)) return;
   float taken[2] = {};
 #pragma unroll
-  for (int j = 0; j < kSpans; ++j)
+  for (int half = 0; half < 2; ++half) {
+    // One of the quad's four has the column.
+    const bool own = ahead[half] >= 0 && ahead[half] % 8 / 2 == lane % 4;
+    find_owners(own, ahead[half] / 8, ahead[half] % 2, [&](int span, int own_side) {
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const int x = SumPlace::column(lane, j, side);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& logit = z[SumPlace::index(j, half, side)];
+      for (int side = 0; side < 2; ++side) {
+        float& logit = z[SumPlace::index(span, half, side)];
         one_by_one(logit);
-        if (x == ahead[half]) {
+        if (side == own_side) {
           taken[half] = logit;
           logit = kMasked;
         }
       }
-    }
+    });
+  }
+  if (__any_sync(~0u, far)) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    // Such a row starts from the largest logit that it meets first: exponents are rounded, and relative
-    // to a target far away few of the others' digits would be left.
-    float most = kMasked;
+    for (int half = 0; half < 2; ++half) {
+      // Such a row starts from the largest logit that it meets first: exponents are rounded, and relative
+      // to a target far away few of the others' digits would be left.
+      float most = kMasked;
 #pragma unroll
-    for (int k = 0; k < 2 * kSpans; ++k) {
-      one_by_one(z[SumPlace::index(k / 2, half, k % 2)]);
-      most = fmaxf(most, z[SumPlace::index(k / 2, half, k % 2)]);
-    }
-    most = quad_largest(most);
-    if (shared.reference.at(m, half) <= kLowest && most > kCounts) {
-      shared.reference.at(m, half) = most * kLog2E;
-      shared.inverse.at(m, half) = 1.0f;
+      for (int k = 0; k < 2 * kSpans; ++k) {
+        one_by_one(z[SumPlace::index(k / 2, half, k % 2)]);
+        most = fmaxf(most, z[SumPlace::index(k / 2, half, k % 2)]);
+      }
+      most = quad_largest(most);
+      if (shared.reference.at(m, half) <= kLowest && most > kCounts) {
+        shared.reference.at(m, half) = most * kLog2E;
+        shared.inverse.at(m, half) = 1.0f;
+      }
     }
   }
 #pragma unroll

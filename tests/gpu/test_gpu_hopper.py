@@ -207,14 +207,15 @@ def test_few_tokens(cupy, dtype, n):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("softcap", [0.5, 4.0, 30.0, 1000.0])
+@pytest.mark.parametrize("softcap", [1e-6, 0.5, 4.0, 30.0, 1000.0, 1e30])
 @pytest.mark.parametrize("length", [0.02, 1.0, 5.0])
 def test_softcaps_near_the_logits_and_far(cupy, dtype, softcap, length):
-    """Where no logit of a warp is beyond the cap its tanh is a series."""
+    """Where a warp has none far among those that it caps together their tanh is a series."""
     case = problem(n=200, v=700, d=136, dtype=dtype, softcap=softcap)
     case.e[:] = (case.e.astype(np.float32) * length).astype(case.e.dtype)
-    # Of a warp some are far and some near.
+    # Of a warp some rows are far and some near, and some columns for all of its rows.
     case.e[150:] = (case.e[150:].astype(np.float32) * 0.01).astype(case.e.dtype)
+    case.c[100:200] = (case.c[100:200].astype(np.float32) * 0.01).astype(case.c.dtype)
     results = Road(cupy).linear_cross_entropy_value_and_grad(
         *case.arrays, **case.options, **UNFILTERED
     )
