@@ -16,8 +16,9 @@ _CLUSTER = 2
 _WIDTH = 256
 """kWidth of kernels_cu/sm90/backward.cuh: elements of D whose gradients are formed at once."""
 
-_NARROW = 128
-"""kNarrow of kernels_cu/sm90/gradients.cuh: where no more are left, products take half the time."""
+_NARROW, _NARROWEST = 128, 64
+"""Those of kernels_cu/sm90/gradients.cuh: where no more are left, products take half the time, or a
+quarter."""
 
 _UNFINISHED = 512
 """What it costs to take up and leave unfinished sums of dE, in elements of depth."""
@@ -233,13 +234,19 @@ def _chunk_cost(sizes: DenseSizes, blocks: int, *, unfinished: bool) -> float:
         clusters,
         [columns + (_UNFINISHED if unfinished else 0)] * row_pairs
         + [tokens] * -(-blocks // _CLUSTER),
-        [1.0] * (parts - 1) + [0.5 if dim - (parts - 1) * _WIDTH <= _NARROW else 1.0],
+        [1.0] * (parts - 1) + [_last_part(dim - (parts - 1) * _WIDTH)],
     )
     tiles = -(-columns // TILE_COLUMNS)
     unit_tiles = cut_units(row_pairs, tiles, clusters)
     rounds = -(-row_pairs * -(-tiles // unit_tiles) // clusters)
     logits = rounds * unit_tiles * dim * TILE_COLUMNS / _WIDTH
     return longest + logits + _LAUNCHES
+
+
+def _last_part(left: int) -> float:
+    if left <= _NARROWEST:
+        return 0.25
+    return 0.5 if left <= _NARROW else 1.0
 
 
 def longest_of_products(clusters: int, depths: list[int], parts: list[float]) -> float:

@@ -47,7 +47,7 @@ static_assert(sizeof(DenseShared) + alignof(DenseShared) <= sizeof(Shared) + ali
 struct DenseItem {
   bool embedding;
   int part;     // of D
-  bool narrow;  // no more than half of it is there
+  int width;    // how much of it products are formed for
   int place;    // of this block's 128 rows, or columns
   int steps;
 
@@ -63,7 +63,7 @@ struct DenseItem {
     embedding = at < embeddings;
     const int own = embedding ? at : at - embeddings;
     part = own % parts;
-    narrow = call.dim - part * kWidth <= kNarrow;
+    width = part_width(static_cast<int>(call.dim) - part * kWidth);
     place = (own / parts * kCluster + static_cast<int>(rank)) * kRowTile;
     steps = static_cast<int>(((embedding ? call.columns : call.tokens) + kTileK - 1) / kTileK);
   }
@@ -89,7 +89,7 @@ struct DenseMaps {
   TensorMap c;  // of the chunk's rows
 };
 
-// One thread of each block asks for boxes: its own of dz, and half of the others for both.
+// One thread of each block asks for boxes: its own of dz, and every other one of the others for both.
 __device__ __forceinline__ void copy_boxes(DenseShared& shared, const DenseMaps& maps,
                                            const DenseGradientArguments& call, uint32 rank) {
   const int items = DenseItem::count(call);
@@ -100,7 +100,7 @@ __device__ __forceinline__ void copy_boxes(DenseShared& shared, const DenseMaps&
   for (int round = 0, at; (at = DenseItem::in_round(round)) < items; ++round) {
     const DenseItem item(call, at, rank);
     const TensorMap& other = item.embedding ? maps.c : maps.e;
-    const int boxes = item.narrow ? kNarrow / kTileK : kSpread, share = boxes / kCluster;
+    const int boxes = item.width / kTileK;
     for (int step = 0; step < item.steps; ++step, place.next()) {
       DenseStage& stage = shared.stage[place.stage];
       wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
@@ -112,12 +112,9 @@ __device__ __forceinline__ void copy_boxes(DenseShared& shared, const DenseMaps&
         copy_box(shared_address(stage.dz[half]), maps.dz, item.embedding ? depth : along,
                  item.embedding ? along : depth, full, kEvictFirst);
       }
-      for (int i = 0; i < share; ++i) {
-        const int part = static_cast<int>(rank) * share + i;
-        copy_box_to_blocks(shared_address(stage.other[part]), other,
-                           item.part * kWidth + part * kTileK, depth, full, (1 << kCluster) - 1,
-                           kEvictLast);
-      }
+      for (int i = static_cast<int>(rank); i < boxes; i += kCluster)
+        copy_box_to_blocks(shared_address(stage.other[i]), other, item.part * kWidth + i * kTileK,
+                           depth, full, (1 << kCluster) - 1, kEvictLast);
     }
   }
 }
@@ -215,7 +212,9 @@ __device__ __forceinline__ void form_items(DenseShared& shared, const DenseGradi
   // All of one kind come first: in one loop the sums of both would be one.
   for (; (at = DenseItem::in_round(round)) < min(items, embeddings); ++round) {
     const DenseItem item(call, at, rank);
-    if (item.narrow) {
+    if (item.width == kNarrowest) {
+      form_embedding<kNarrowest>(shared, call, item, consumer, place);
+    } else if (item.width == kNarrow) {
       form_embedding<kNarrow>(shared, call, item, consumer, place);
     } else {
       form_embedding<kWidth>(shared, call, item, consumer, place);
@@ -223,7 +222,9 @@ __device__ __forceinline__ void form_items(DenseShared& shared, const DenseGradi
   }
   for (; (at = DenseItem::in_round(round)) < items; ++round) {
     const DenseItem item(call, at, rank);
-    if (item.narrow) {
+    if (item.width == kNarrowest) {
+      form_classifier<kNarrowest>(shared, call, item, consumer, place);
+    } else if (item.width == kNarrow) {
       form_classifier<kNarrow>(shared, call, item, consumer, place);
     } else {
       form_classifier<kWidth>(shared, call, item, consumer, place);

@@ -6,7 +6,14 @@
 
 namespace cce {
 
-constexpr int kNarrow = kWidth / 2;  // elements of D: where no more are left, products take half the time
+// Elements of D: where no more are left, products take half the time, or a quarter.
+constexpr int kNarrow = kWidth / 2;
+constexpr int kNarrowest = kWidth / 4;
+
+// How many products are formed for where `left` are.
+__device__ __forceinline__ int part_width(int left) {
+  return left <= kNarrowest ? kNarrowest : left <= kNarrow ? kNarrow : kWidth;
+}
 
 // A thread's sums of 64 rows.
 template <int kColumns>
@@ -24,8 +31,10 @@ __device__ __forceinline__ void start_gradients(float (&sums)[kSums], const Stor
     const uint64 b_step = b + step * kAdvanceAcross;
     if constexpr (kSums == kSumsOf<kWidth>) {
       product_64x256x16<kAcross>(sums, a_step, b_step, 1);
-    } else {
+    } else if constexpr (kSums == kSumsOf<kNarrow>) {
       product_64x128x16<kAcross, 1>(sums, a_step, b_step, 1);
+    } else {
+      product_64x64x16<kAcross, 1>(sums, a_step, b_step, 1);
     }
   }
   product_commit();

@@ -130,18 +130,24 @@ __device__ __forceinline__ void form_gradients(Shared& shared, const BackwardArg
   // All of one kind come first: in one loop the sums of both would be one.
   for (; at != Queue::kNoItem && at < embeddings; at = queue.receive(shared)) {
     const GradientItem item(call, row_tiles, parts, at);
-    if (dim - item.part * kWidth > kNarrow) {
+    const int width = part_width(dim - item.part * kWidth);
+    if (width == kWidth) {
       form_embedding<kPlain, kWidth>(shared, call, chunk, item, count, first, last, place);
-    } else {
+    } else if (width == kNarrow) {
       form_embedding<kPlain, kNarrow>(shared, call, chunk, item, count, first, last, place);
+    } else {
+      form_embedding<kPlain, kNarrowest>(shared, call, chunk, item, count, first, last, place);
     }
   }
   for (; at != Queue::kNoItem; at = queue.receive(shared)) {
     const GradientItem item(call, row_tiles, parts, at);
-    if (dim - item.part * kWidth > kNarrow) {
+    const int width = part_width(dim - item.part * kWidth);
+    if (width == kWidth) {
       form_classifier<kPlain, kWidth>(shared, call, chunk, item, row_tiles, place);
-    } else {
+    } else if (width == kNarrow) {
       form_classifier<kPlain, kNarrow>(shared, call, chunk, item, row_tiles, place);
+    } else {
+      form_classifier<kPlain, kNarrowest>(shared, call, chunk, item, row_tiles, place);
     }
   }
   queue.finish(limit);
