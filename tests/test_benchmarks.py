@@ -213,9 +213,33 @@ def test_report(folder_of_gpu, tmp_path):
 def test_records_of_different_kernels_are_not_joined(records_of_gpu):
     import report
 
-    other = records_of_gpu["peers"] | {"kernels": "others"}
+    others = {name: record | {"kernels": "others"} for name, record in records_of_gpu.items()}
     with pytest.raises(ValueError, match="different kernels"):
-        report.join([records_of_gpu["ours"], other])
+        report.join([records_of_gpu["tokens"], others["vocab"]])
+    # Peers do not run them.
+    joined = report.join([records_of_gpu["peers"], others["peers"]])
+    assert joined["cases"] == records_of_gpu["peers"]["cases"]
+    with pytest.raises(ValueError, match="different device"):
+        report.join([records_of_gpu["peers"], others["peers"] | {"device": "another"}])
+
+
+def test_records_of_peers_stay(records_of_gpu, tmp_path):
+    """Where ours are taken anew, and no others."""
+    import records
+    import report
+
+    (tmp_path / "both").mkdir()
+    (tmp_path / "kept").mkdir()
+    for name in ("ours", "peers"):
+        records.write_record(tmp_path / "both" / f"{name}.json", records_of_gpu[name])
+    report.take(tmp_path / "both", tmp_path / "kept")
+    kept = (tmp_path / "kept/peers.json").read_bytes()
+    (tmp_path / "both/peers.json").unlink()
+    newer = records_of_gpu["ours"] | {"kernels": "newer"}
+    records.write_record(tmp_path / "both/ours.json", newer)
+    report.take(tmp_path / "both", tmp_path / "kept")
+    assert (tmp_path / "kept/peers.json").read_bytes() == kept
+    assert records.read_record(tmp_path / "kept/harness.json")["kernels"] == "newer"
 
 
 def test_documents_hold_what_the_records_say(tmp_path):

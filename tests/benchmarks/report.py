@@ -5,7 +5,8 @@
 
 The first puts what a run left in a folder into results/; the second writes the documents' tables
 and pictures from there. Records of several runs of gpu.py become one: cases are joined by their
-sizes, rows by their names. In the documents, what stands between ``<!-- begin: NAME -->`` and
+sizes, rows by their names. Those of peers alone are kept apart, and stay when our kernels change.
+In the documents, what stands between ``<!-- begin: NAME -->`` and
 ``<!-- end: NAME -->`` is replaced; a part whose record is not there is empty.
 """
 
@@ -23,6 +24,7 @@ import picture
 import tables
 import training
 from records import read_record, write_record
+from runs import OURS
 
 Record = dict[str, Any]
 
@@ -43,7 +45,7 @@ COPIED = ("torch_overhead.json", "jax_overhead.json", "jax_training.json")
 
 
 def join(records: Iterable[Record]) -> Record:
-    """Join records of gpu.py, all of one device and one state of the kernels.
+    """Join records of gpu.py, all of one device and, if any has rows of ours, of one state of them.
 
     Parameters
     ----------
@@ -60,7 +62,7 @@ def join(records: Iterable[Record]) -> Record:
     cases: dict[tuple[Any, ...], Record] = {}
     protocols: dict[str, None] = {}
     for record in (first, *rest):
-        for key in ("device", "kernels"):
+        for key in ("device",) if all(map(_is_of_peers, (first, *rest))) else ("device", "kernels"):
             if record.get(key) != first.get(key):
                 raise ValueError(
                     f"records of different {key}: {first.get(key)} and {record.get(key)}"
@@ -75,6 +77,12 @@ def join(records: Iterable[Record]) -> Record:
     return joined
 
 
+def _is_of_peers(record: Record) -> bool:
+    cases = record["cases"]
+    ours = any(row["run"].startswith(OURS) for case in cases for row in case["rows"])
+    return not ours and not any(case["seeds"] for case in cases)
+
+
 def _join_case(whole: Record, case: Record) -> None:
     rows = {(row["run"], row["base"]): row for row in (*whole["rows"], *case["rows"])}
     whole["rows"] = list(rows.values())
@@ -85,10 +93,15 @@ def _join_case(whole: Record, case: Record) -> None:
 def take(folder: Path, results: Path) -> None:
     """Put what a run left in a folder, and in those below it, where results are kept."""
     found = [(path, read_record(path)) for path in sorted(folder.rglob("*.json"))]
-    of_gpu = [record for _, record in found if isinstance(record, dict) and "cases" in record]
-    for name, swept in (("harness.json", False), ("sweeps.json", True)):
-        some = [record for record in of_gpu if record["cases"]]
-        some = [r for r in some if (r["cases"][0]["sweep"] is not None) is swept]
+    kinds: dict[str, list[Record]] = {"harness.json": [], "peers.json": [], "sweeps.json": []}
+    for _, record in found:
+        if not (isinstance(record, dict) and record.get("cases")):
+            continue
+        if record["cases"][0]["sweep"] is not None:
+            kinds["sweeps.json"].append(record)
+        else:
+            kinds["peers.json" if _is_of_peers(record) else "harness.json"].append(record)
+    for name, some in kinds.items():
         if some:
             write_record(results / name, join(some))
     for path, record in found:
@@ -125,15 +138,17 @@ def _harness(results: Path, figures: Path) -> str:
     record = _read(results / "harness.json")
     if record is None:
         return ""
-    cases = record["cases"]
-    compared = [case for case in cases if any("ours" not in row["run"] for row in case["rows"])]
+    peers = _read(results / "peers.json")
+    whole = record if peers is None else _with_peers(record, peers)
+    cases = whole["cases"]
+    compared = [case for case in cases if not all(r["run"].startswith(OURS) for r in case["rows"])]
     blocks = ["## All cases", tables.machine(record), record["protocol"]]
     if any("forward" in row["run"] for case in cases for row in case["rows"]):
-        picture.draw_forward(record, figures / "harness_forward.svg")
+        picture.draw_forward(whole, figures / "harness_forward.svg")
         alt = "Times of forwards as a part of the vendor's logits product, for each case"
         blocks += ["### Forward", _image("harness_forward.svg", alt), tables.forward_table(record)]
     if any("gradients" in row["run"] for case in cases for row in case["rows"]):
-        picture.draw_gradients(record, figures / "harness_gradients.svg")
+        picture.draw_gradients(whole, figures / "harness_gradients.svg")
         alt = "Times of loss and gradients as a part of the vendor's logits product"
         blocks += ["### Loss and gradients", _image("harness_gradients.svg", alt)]
         blocks.append(tables.gradients_table(record))
@@ -143,22 +158,36 @@ def _harness(results: Path, figures: Path) -> str:
             "Parts of our own time without.",
             variants,
         ]
-    if compared:
-        blocks.append("### Against others")
+    if peers is not None:
+        blocks += ["### Against others", f"The others: {tables.machine(peers)}"]
         if any(row.get("de_error") is not None for case in compared for row in case["rows"]):
-            picture.draw_accuracy(record, figures / "harness_accuracy.svg")
+            picture.draw_accuracy(whole, figures / "harness_accuracy.svg")
             alt = "Errors of the gradients over times, for ours and others"
             blocks.append(_image("harness_accuracy.svg", alt))
         for case in compared:
             title = f"{case['case']}: N {case['tokens']}, D {case['dim']}, V {case['vocab']}"
             blocks += [title, tables.methods_table(case)]
-            blocks += [f"Not measured: {'; '.join(tables.absent_lines(case))}."] * bool(
-                case["absent"]
-            )
+            if case["absent"]:
+                blocks.append(f"Not measured: {'; '.join(tables.absent_lines(case))}.")
     if seeds := tables.seeds_table(record):
         number = max(figures["seeds"] for case in cases for figures in case["seeds"])
         blocks += ["### The mean over seeds", f"Relative errors, {number} seeds.", seeds]
     return "\n\n".join(filter(None, blocks))
+
+
+def _with_peers(record: Record, peers: Record) -> Record:
+    """Return a record whose cases have the rows of peers too."""
+    cases = {_sizes(case): case for case in record["cases"]}
+    for case in peers["cases"]:
+        whole = case | {"rows": [], "absent": {}}
+        _join_case(whole, cases.get(_sizes(case), whole))
+        _join_case(whole, case)
+        cases[_sizes(case)] = whole
+    return record | {"cases": list(cases.values())}
+
+
+def _sizes(case: Record) -> tuple[Any, ...]:
+    return tuple(case[key] for key in ("case", "tokens", "dim", "vocab", "dtype"))
 
 
 def _growth(results: Path, figures: Path) -> str:
