@@ -127,15 +127,16 @@ __device__ __forceinline__ void form_gradients(Shared& shared, const BackwardArg
   const int embeddings = count_embeddings(call, row_tiles);
   const int dim = static_cast<int>(call.dim);
   int at = queue.receive(shared);
-  // All of one kind come first: in one loop the sums of both would be one.
+  // All of one kind come first: in one loop the sums of both would be one. With options there are products of two
+  // widths only, or the kernel takes more than ten seconds to compile.
   for (; at != Queue::kNoItem && at < embeddings; at = queue.receive(shared)) {
     const GradientItem item(call, row_tiles, parts, at);
     const int width = part_width(dim - item.part * kWidth);
     if (width == kWidth) {
       form_embedding<kPlain, kWidth>(shared, call, chunk, item, count, first, last, place);
-    } else if (width == kNarrow) {
+    } else if (!kPlain || width == kNarrow) {
       form_embedding<kPlain, kNarrow>(shared, call, chunk, item, count, first, last, place);
-    } else {
+    } else if constexpr (kPlain) {
       form_embedding<kPlain, kNarrowest>(shared, call, chunk, item, count, first, last, place);
     }
   }
@@ -144,9 +145,9 @@ __device__ __forceinline__ void form_gradients(Shared& shared, const BackwardArg
     const int width = part_width(dim - item.part * kWidth);
     if (width == kWidth) {
       form_classifier<kPlain, kWidth>(shared, call, chunk, item, row_tiles, place);
-    } else if (width == kNarrow) {
+    } else if (!kPlain || width == kNarrow) {
       form_classifier<kPlain, kNarrow>(shared, call, chunk, item, row_tiles, place);
-    } else {
+    } else if constexpr (kPlain) {
       form_classifier<kPlain, kNarrowest>(shared, call, chunk, item, row_tiles, place);
     }
   }
