@@ -127,16 +127,15 @@ __device__ __forceinline__ void form_gradients(Shared& shared, const BackwardArg
   const int embeddings = count_embeddings(call, row_tiles);
   const int dim = static_cast<int>(call.dim);
   int at = queue.receive(shared);
-  // All of one kind come first: in one loop the sums of both would be one. With options there are products of two
-  // widths only, or the kernel takes more than ten seconds to compile.
+  // All of one kind come first: in one loop the sums of both would be one.
   for (; at != Queue::kNoItem && at < embeddings; at = queue.receive(shared)) {
     const GradientItem item(call, row_tiles, parts, at);
     const int width = part_width(dim - item.part * kWidth);
     if (width == kWidth) {
       form_embedding<kPlain, kWidth>(shared, call, chunk, item, count, first, last, place);
-    } else if (!kPlain || width == kNarrow) {
+    } else if (width == kNarrow) {
       form_embedding<kPlain, kNarrow>(shared, call, chunk, item, count, first, last, place);
-    } else if constexpr (kPlain) {
+    } else {
       form_embedding<kPlain, kNarrowest>(shared, call, chunk, item, count, first, last, place);
     }
   }
@@ -145,9 +144,9 @@ __device__ __forceinline__ void form_gradients(Shared& shared, const BackwardArg
     const int width = part_width(dim - item.part * kWidth);
     if (width == kWidth) {
       form_classifier<kPlain, kWidth>(shared, call, chunk, item, row_tiles, place);
-    } else if (!kPlain || width == kNarrow) {
+    } else if (width == kNarrow) {
       form_classifier<kPlain, kNarrow>(shared, call, chunk, item, row_tiles, place);
-    } else if constexpr (kPlain) {
+    } else {
       form_classifier<kPlain, kNarrowest>(shared, call, chunk, item, row_tiles, place);
     }
   }
