@@ -45,7 +45,7 @@ COPIED = ("torch_overhead.json", "jax_overhead.json", "jax_training.json")
 
 
 def join(records: Iterable[Record]) -> Record:
-    """Join records of gpu.py, all of one device and, if any has rows of ours, of one state of them.
+    """Join records of gpu.py, all of one device and, unless all are of peers, of the same kernels.
 
     Parameters
     ----------
@@ -61,8 +61,9 @@ def join(records: Iterable[Record]) -> Record:
     joined = first | {"cases": []}
     cases: dict[tuple[Any, ...], Record] = {}
     protocols: dict[str, None] = {}
+    shared = ["device"] if all(map(_is_of_peers, (first, *rest))) else ["device", "kernels"]
     for record in (first, *rest):
-        for key in ("device",) if all(map(_is_of_peers, (first, *rest))) else ("device", "kernels"):
+        for key in shared:
             if record.get(key) != first.get(key):
                 raise ValueError(
                     f"records of different {key}: {first.get(key)} and {record.get(key)}"
@@ -179,8 +180,7 @@ def _with_peers(record: Record, peers: Record) -> Record:
     """Return a record whose cases have the rows of peers too."""
     cases = {_sizes(case): case for case in record["cases"]}
     for case in peers["cases"]:
-        whole = case | {"rows": [], "absent": {}}
-        _join_case(whole, cases.get(_sizes(case), whole))
+        whole = dict(cases.get(_sizes(case), case | {"rows": [], "absent": {}}))
         _join_case(whole, case)
         cases[_sizes(case)] = whole
     return record | {"cases": list(cases.values())}
