@@ -64,7 +64,7 @@ class HopperForwardLauncher(Launcher):
         cut = self.forward_cut
         file, name = "forward", cut.kernel
         if statistics:
-            file, name = "options", "forward_statistics"
+            file, name = "statistics", "forward_statistics"
         elif not self.plain:
             file, name = "options", "forward_options"
         known = room["own"], room["bound"], room["finished"], room["target_logit"]

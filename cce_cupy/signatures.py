@@ -105,9 +105,8 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
         "first_bound": (MATRIX, MATRIX, POINTER, INT64, LOGIT_OPTIONS, ROW_MAP, POINTER),
     },
     "sm90/forward.cu": {"forward_pairs": _HOPPER_FORWARD, "forward_single": _HOPPER_FORWARD},
-    "sm90/options.cu": {
-        "forward_options": _HOPPER_FORWARD, "forward_statistics": _HOPPER_FORWARD
-    },
+    "sm90/options.cu": {"forward_options": _HOPPER_FORWARD},
+    "sm90/statistics.cu": {"forward_statistics": _HOPPER_FORWARD},
     "sm90/order.cu": {
         "order_columns": (
             POINTER, INT64, INT32, INT32, INT32, INT32, COLUMN_ORDER, ORDER_SCRATCH, POINTER,

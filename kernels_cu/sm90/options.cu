@@ -1,8 +1,7 @@
-// The forward for logits with bias, scale or softcap, for label smoothing, and for statistics.
+// The forward for logits with bias, scale or softcap, and for label smoothing.
 
 #include "forward.cuh"
 
 using namespace cce;
 
 CCE_FORWARD(forward_options, 2, false, false)
-CCE_FORWARD(forward_statistics, 2, false, true)
