@@ -23,9 +23,9 @@ _BACKWARD_SHARED_BYTES = 228_352
 
 def shared_bytes(file: str, name: str) -> int:
     """Return the shared memory that a launch must ask for; 0 where a kernel declares its own."""
-    if file.startswith("sm90/backward") or file == "sm90/dense_gradients.cu":
+    if file.startswith("sm90/backward"):
         return _BACKWARD_SHARED_BYTES
-    needs = file.startswith("sm90/") and name.startswith(("forward_", "dense_dlogits"))
+    needs = file.startswith("sm90/") and name.startswith(("forward_", "dense_"))
     return _HOPPER_SHARED_BYTES if needs else 0
 
 

@@ -251,8 +251,8 @@ class HopperLauncher(HopperForwardLauncher):
                     boxes(records, tokens, columns, dense.width, _BOX),
                     boxes(e.pointer, tokens, dim, e.stride, _BOX),
                     boxes(chunk, columns, dim, c.stride, _BOX),
-                    room["count"], tokens, dim, first, columns, vocab, problem.logit_scale,
-                    *self.c, room["target"], room["target_rest"], largest,
+                    room["count"], tokens, dim, *dense.parts, first, columns, vocab,
+                    problem.logit_scale, *self.c, room["target"], room["target_rest"], largest,
                     waiting if dense.waiting else 0, dense.waiting,
                     records + dense.low_offset, of_e, of_c,
                 )  # fmt: skip

@@ -46,9 +46,9 @@ what is summed."""
 DENSE_DLOGITS = MATRIX + ROW_MAP + "4q" + LOGIT_OPTIONS + "iiP" + ROW_FACTORS + "PPPq"
 """e, map; tokens, dim, columns; options, order of work; row_lse, factors, rests, largest; dz."""
 
-DENSE_GRADIENTS = "P5qd" + MATRIX + "PP" + "PPq3P"
-"""count; tokens, dim, columns; scale; c, targets, rests; largest; unfinished sums; what is
-summed."""
+DENSE_GRADIENTS = "P2q2i3qd" + MATRIX + "PP" + "PPq3P"
+"""count; tokens, dim; parts of it; columns; scale; c, targets, rests; largest; unfinished sums;
+what is summed."""
 
 _FORWARD = (
     MATRIX, MATRIX, POINTER, POINTER, INT64, INT64, INT64, INT64, LOGIT_OPTIONS, FILTER, ROW_MAP,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 
@@ -19,7 +21,14 @@ from cce_cupy.plan import (
     make_gpu_plan,
     make_plan,
 )
-from cce_cupy.plan.dense import Blocks, DenseSizes, chunks_cost, longest_of_products
+from cce_cupy.plan.dense import (
+    Blocks,
+    DenseParts,
+    DenseSizes,
+    chunks_cost,
+    cut_parts,
+    longest_of_products,
+)
 from cce_cupy.plan.hopper import cut_units, group_rows
 from cce_cupy.problem import ArraySpec, Options, Problem
 
@@ -485,7 +494,13 @@ def check_dense(plan, dense, tokens, vocab, dim):
 def cost_of(dense, sizes):
     """What the plan's choice of chunks costs by its own account."""
     first, last = dense.chunks[0].columns, dense.chunks[-1].columns
-    return chunks_cost(sizes, Blocks(len(dense.chunks), -(-first // 128), -(-last // 128)))
+    blocks = Blocks(len(dense.chunks), -(-first // 128), -(-last // 128))
+    return chunks_cost(sizes, blocks, dense.parts, apart=dense.waiting > 0)
+
+
+def least_cost(sizes, blocks, *, apart=False):
+    """What chunks cost by the same account, D cut as is best."""
+    return min(chunks_cost(sizes, blocks, parts, apart=apart) for parts in cut_parts(sizes.dim))
 
 
 def in_even_chunks(blocks, most):
@@ -496,14 +511,21 @@ def in_even_chunks(blocks, most):
 
 
 def in_even_chunks_with_sums(plan, sizes):
-    """The same where unfinished sums of dE that find no place in the last rows of dC fit too."""
+    """The same where unfinished sums of dE that find no place in the last rows of dC fit too.
+
+    And whether any are in these.
+    """
     blocks, room = -(-sizes.vocab // 128), plan.hopper_backward.record_bytes
     for chunks in range(1, blocks + 1):
         found = in_even_chunks(blocks, -(-blocks // chunks))
         last = sizes.vocab - (found.chunks - 1) * found.each * 128
-        low = 0 if found.chunks == 1 else 2 * sizes.dim * max(sizes.tokens - last, 0)
-        if 2 * sizes.tokens * found.each * 128 + low <= room:
-            return found
+        dz = 2 * sizes.tokens * found.each * 128
+        if found.chunks == 1 or dz + 2 * sizes.dim * sizes.tokens <= room:
+            low, waits = 0, False
+        else:
+            low, waits = 2 * sizes.dim * max(sizes.tokens - last, 0), True
+        if dz + low <= room:
+            return found, waits
     raise AssertionError("there is no room")
 
 
@@ -546,12 +568,49 @@ def test_dense_chunks_fit_and_are_no_worse_than_the_largest(vocab, given, option
             sizes = DenseSizes(tokens, vocab, dim, 2, H100.processors)
             cost, blocks = cost_of(plan.dense, sizes), -(-vocab // 128)
             # Costs within half a percent count as the same: fewer chunks are preferred.
-            assert cost <= 1.005 * chunks_cost(sizes, in_even_chunks(blocks, most))
+            assert cost <= 1.005 * least_cost(sizes, in_even_chunks(blocks, most))
             if plan.dense_both is not None:
                 assert plan.hopper_backward.together
                 check_dense(plan, plan.dense_both, tokens, vocab, dim)
-                cost = chunks_cost(sizes, in_even_chunks_with_sums(plan, sizes))
+                even, waits = in_even_chunks_with_sums(plan, sizes)
+                cost = least_cost(sizes, even, apart=waits)
                 assert cost_of(plan.dense_both, sizes) <= 1.005 * cost
+
+
+@hypothesis.given(dim=st.integers(1, 20_000))
+def test_parts_cover_the_elements_and_no_more(dim):
+    ways = cut_parts(dim)
+    assert len(ways) == len(set(ways)) <= 2
+    for parts in ways:
+        before_last = 256 * (parts.number - 1) + 64 * min(parts.wide, parts.number - 1)
+        last = 320 if parts.wide == parts.number else 256
+        assert before_last < dim <= before_last + last
+        assert len(parts.shares(dim)) == parts.number
+    # The fewest that there can be, each of 320 elements at most.
+    assert min(parts.number for parts in ways) == -(-dim // 320)
+
+
+def test_wide_parts_are_for_fewer():
+    assert cut_parts(576) == [DenseParts(2, 1), DenseParts(3, 0)]
+    assert cut_parts(640) == [DenseParts(2, 2), DenseParts(3, 0)]
+    assert cut_parts(2304) == [DenseParts(8, 4), DenseParts(9, 0)]
+    assert cut_parts(512) == [DenseParts(2, 0)]
+    # The last of 2 is of 128 elements and takes less than a whole one, though more than half.
+    assert cut_parts(384) == [DenseParts(2, 0)]
+    first, last = DenseParts(2, 0).shares(384)
+    assert first == 1
+    assert 0.5 < last < 1
+
+
+def test_sums_wait_in_dc_only_where_they_have_no_room_beside_dz():
+    def waiting(given):
+        asked = problem(8192, 576, 49152, "bfloat16", workspace_bytes=given, **UNFILTERED)
+        return make_gpu_plan(asked, H100).dense_both.waiting
+
+    # One chunk takes 768 MiB; then sums of 9 MiB beside dz, in rows of dC, or in both.
+    assert waiting(2**30) == 0
+    assert waiting(2**29) == 0
+    assert waiting(2**27) > 0
 
 
 def test_pairs_of_blocks_take_narrow_parts_in_turn():

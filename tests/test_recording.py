@@ -202,6 +202,11 @@ CALLS = {
         {"gradient_filter": None, "workspace_bytes": 2**22},
         {"outputs": ("loss", "lse"), "dlse": True},
     ),
+    "dense sums in dc": (
+        (300, 20_000, 64, "bfloat16"),
+        {"gradient_filter": None, "workspace_bytes": 3 * 2**20},
+        {},
+    ),
     "dense dc": (
         (1000, 2500, 1024, "bfloat16"),
         {"gradient_filter": None, "workspace_bytes": 2**21},
@@ -251,6 +256,7 @@ ON_HOPPER = {
     "every column": (1, 0, 0),
     "dense": (1, 0, 1),
     "dense chunks": (1, 0, 4),
+    "dense sums in dc": (1, 0, 6),
     "dense dc": (3, 0, 7),
     "one side": (2, 1, 1),
     "other side": (2, 1, 1),
@@ -295,15 +301,23 @@ def test_recorded_backward_on_hopper(library, monkeypatch, name):
     assert {"map_rows", "row_factors"} <= alone
     assert not alone & {*BACKWARD.values(), "order_columns", "dlogits"}
     dense = [kernel for kernel, *_ in recorded if kernel.startswith("dense_")]
-    # Sums that wait where the last rows of dC will be are taken up before these are written; with
-    # them chunks are larger than where dE is formed alone.
-    waits = name == "dense chunks"
-    assert waits == (plan.dense_both is not None and plan.dense_both.waiting > 0)
+    # Sums that wait where the last rows of dC will be are taken up before these are written. Where
+    # both gradients are formed together there is room for larger chunks.
+    waits = plan.dense_both is not None and plan.dense_both.waiting > 0
+    assert waits == (name == "dense sums in dc")
+    together = {"dense chunks": 3, "dense sums in dc": 4}.get(name, chunks)
     each = ["dense_dlogits", "dense_gradients"]
-    assert dense == (each * 3 + each[1:] if waits else each * chunks)
+    assert dense == each * together + each[1:] * waits
 
 
-DENSE = {"dense": "ec", "dense chunks": "ec", "dense dc": "c", "one side": "c", "other side": "e"}
+DENSE = {
+    "dense": "ec",
+    "dense chunks": "ec",
+    "dense sums in dc": "ec",
+    "dense dc": "c",
+    "one side": "c",
+    "other side": "e",
+}
 
 
 @pytest.mark.parametrize("name", ON_HOPPER)
@@ -355,7 +369,7 @@ def test_the_backward_knows_whether_dense_products_came_before(library, name, wa
                         assert kernel == "dense_gradients"
                         assert arguments[0] == gradients[0]
                         found = read(DENSE_GRADIENTS, arguments[1])
-                        assert found[1:6] == (rows, dim, at, columns, vocab)
+                        assert found[1:8] == (rows, dim, *cut.parts, at, columns, vocab)
                         assert found[-6:-3] == (largest, waits, cut.waiting)
                         assert found[-3:] == (into + cut.low_offset, *side)
                         assert both or found[-3] == low

@@ -13,18 +13,21 @@ from .hopper import ORDER_BLOCK, TILE_COLUMNS, cut_units, group_rows
 from .shared import ROW_TILE
 
 _CLUSTER = 2
-_WIDTH = 256
-"""kWidth of kernels_cu/sm90/backward.cuh: elements of D whose gradients are formed at once."""
+_WIDTH, _WIDE = 256, 320
+"""kWidth of kernels_cu/sm90/backward.cuh and kWide of gradients.cuh: elements of D whose gradients
+are formed at once, and where fewer parts do then."""
 
-_NARROW, _NARROWEST = 128, 64
-"""Those of kernels_cu/sm90/gradients.cuh: where no more are left, products take half the time, or a
-quarter."""
+_NARROW = 128
+"""kNarrow of gradients.cuh: where no more are left, products are half as many."""
+
+_NARROW_SHARE, _WIDE_SHARE = 0.7, 1.27
+"""How long narrow and wide parts take, as measured, others being 1: each copies as much of dz."""
 
 _UNFINISHED = 512
 """What it costs to take up and leave unfinished sums of dE, in elements of depth."""
 
-_LAUNCHES = 1600
-"""What the launches of a chunk cost, likewise."""
+_LAUNCH = 800
+"""What a launch costs, likewise."""
 
 _SIZES = 8
 """Of chunks that are compared for one number of them, about: a plan must not take long."""
@@ -49,6 +52,27 @@ class DenseChunk(NamedTuple):
     unit_tiles: int
 
 
+class DenseParts(NamedTuple):
+    """Parts of D whose gradients are formed at a time.
+
+    Attributes
+    ----------
+    number : int
+    wide : int
+        Those of 320 elements, which come first; the others are of 256, and the last of what is
+        left.
+    """
+
+    number: int
+    wide: int
+
+    def shares(self, dim: int) -> list[float]:
+        """Return how long the products of each take, those of 256 elements being 1."""
+        narrow = dim - (self.number - 1) * _WIDTH <= _NARROW  # none is wide then
+        others = self.number - self.wide - narrow
+        return [_WIDE_SHARE] * self.wide + [1.0] * others + [_NARROW_SHARE] * narrow
+
+
 class DenseCut(NamedTuple):
     """What the launches of a chunk are given.
 
@@ -56,6 +80,7 @@ class DenseCut(NamedTuple):
     ----------
     chunks : tuple of DenseChunk
         The last may be larger than the others, or smaller.
+    parts : DenseParts
     width : int
         Elements from a row of dz to the next: a multiple of 128.
     blocks : int
@@ -70,6 +95,7 @@ class DenseCut(NamedTuple):
     """
 
     chunks: tuple[DenseChunk, ...]
+    parts: DenseParts
     width: int
     blocks: int
     group: int
@@ -135,8 +161,11 @@ def plan_dense_both(sizes: DenseSizes, room: int) -> DenseCut | None:
 
     def waits(blocks: Blocks) -> tuple[int, int]:
         alone = blocks.chunks == 1
-        waiting = 0 if alone else min(tokens, vocab - blocks.before_last * ORDER_BLOCK)
-        return waiting, blocks.largest * block_bytes
+        dz = blocks.largest * block_bytes
+        # With room for all sums beside dz the last chunk's dE and dC are one launch.
+        if alone or dz + 2 * sizes.dim * tokens <= room:
+            return 0, dz
+        return min(tokens, vocab - blocks.before_last * ORDER_BLOCK), dz
 
     def fits(blocks: Blocks) -> bool:
         waiting, dz = waits(blocks)
@@ -194,11 +223,15 @@ def _cut(
     if not candidates:
         return None
     tokens, vocab, dim, itemsize, processors = sizes
-    costs = {blocks: chunks_cost(sizes, blocks) for blocks in candidates}
+    ways = itertools.product(candidates, cut_parts(dim))
+    costs = {
+        (blocks, parts): chunks_cost(sizes, blocks, parts, apart=waits(blocks)[0] > 0)
+        for blocks, parts in ways
+    }
     # The account is not exact to the last percent, and fewer chunks wait less for each other.
-    close = [blocks for blocks in candidates if costs[blocks] <= _CLOSE * min(costs.values())]
-    fewest = min(blocks.chunks for blocks in close)
-    chosen = min((b for b in close if b.chunks == fewest), key=costs.__getitem__)
+    close = [way for way, cost in costs.items() if cost <= _CLOSE * min(costs.values())]
+    fewest = min(blocks.chunks for blocks, _ in close)
+    chosen, parts = min((way for way in close if way[0].chunks == fewest), key=costs.__getitem__)
     waiting, low_offset = waits(chosen)
     clusters, row_pairs = processors // _CLUSTER, -(-tokens // (_CLUSTER * ROW_TILE))
     firsts = [k * chosen.each * ORDER_BLOCK for k in range(chosen.chunks)]
@@ -206,6 +239,7 @@ def _cut(
     units = {w: cut_units(row_pairs, -(-w // TILE_COLUMNS), clusters) for w in set(widths)}
     return DenseCut(
         chunks=tuple(DenseChunk(f, w, units[w]) for f, w in zip(firsts, widths, strict=True)),
+        parts=parts,
         width=chosen.largest * ORDER_BLOCK,
         blocks=_CLUSTER * clusters,
         group=group_rows(row_pairs, _CLUSTER * ROW_TILE * dim * itemsize),
@@ -214,39 +248,52 @@ def _cut(
     )
 
 
-def chunks_cost(sizes: DenseSizes, blocks: Blocks) -> float:
+def cut_parts(dim: int) -> list[DenseParts]:
+    """Return ways to cut D: without wide parts, and into as few as there can be.
+
+    Each part reads all of dz, so that fewer are better where they do not make rounds of work less
+    even.
+
+    Parameters
+    ----------
+    dim : int
+    """
+    fewest = -(-dim // _WIDE)
+    wide = max(-(-(dim - fewest * _WIDTH) // (_WIDE - _WIDTH)), 0)
+    return sorted({DenseParts(-(-dim // _WIDTH), 0), DenseParts(fewest, wide)})
+
+
+def chunks_cost(sizes: DenseSizes, blocks: Blocks, parts: DenseParts, *, apart: bool) -> float:
     """Return how long all chunks take: the depth that the fullest pair of blocks multiplies over.
 
     Parameters
     ----------
     sizes : DenseSizes
     blocks : Blocks
+    parts : DenseParts
+    apart : bool
+        Whether the last chunk's dE and dC are launches of their own.
     """
-    one = functools.partial(_chunk_cost, sizes, unfinished=blocks.chunks > 1)
-    return (blocks.chunks - 1) * one(blocks.each) + one(blocks.last)
+    one = functools.partial(_chunk_cost, sizes, parts, unfinished=blocks.chunks > 1)
+    return (blocks.chunks - 1) * one(blocks.each, apart=False) + one(blocks.last, apart=apart)
 
 
-def _chunk_cost(sizes: DenseSizes, blocks: int, *, unfinished: bool) -> float:
+def _chunk_cost(
+    sizes: DenseSizes, parts: DenseParts, blocks: int, *, unfinished: bool, apart: bool
+) -> float:
     tokens, dim = sizes.tokens, sizes.dim
     clusters, columns = sizes.processors // _CLUSTER, min(blocks * ORDER_BLOCK, sizes.vocab)
-    parts, row_pairs = -(-dim // _WIDTH), -(-tokens // (_CLUSTER * ROW_TILE))
-    longest = longest_of_products(
-        clusters,
-        [columns + (_UNFINISHED if unfinished else 0)] * row_pairs
-        + [tokens] * -(-blocks // _CLUSTER),
-        [1.0] * (parts - 1) + [_last_part(dim - (parts - 1) * _WIDTH)],
-    )
+    row_pairs = -(-tokens // (_CLUSTER * ROW_TILE))
+    of_e = [columns + (_UNFINISHED if unfinished else 0)] * row_pairs
+    of_c = [tokens] * -(-blocks // _CLUSTER)
+    launches = [of_e, of_c] if apart else [of_e + of_c]
+    shares = parts.shares(dim)
+    products = sum(longest_of_products(clusters, depths, shares) for depths in launches)
     tiles = -(-columns // TILE_COLUMNS)
     unit_tiles = cut_units(row_pairs, tiles, clusters)
     rounds = -(-row_pairs * -(-tiles // unit_tiles) // clusters)
     logits = rounds * unit_tiles * dim * TILE_COLUMNS / _WIDTH
-    return longest + logits + _LAUNCHES
-
-
-def _last_part(left: int) -> float:
-    if left <= _NARROWEST:
-        return 0.25
-    return 0.5 if left <= _NARROW else 1.0
+    return products + logits + _LAUNCH * (1 + len(launches))
 
 
 def longest_of_products(clusters: int, depths: list[int], parts: list[float]) -> float:

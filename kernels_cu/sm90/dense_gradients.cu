@@ -7,6 +7,7 @@
 namespace cce {
 
 constexpr int kCluster = 2;
+constexpr int kWideSpread = kWide / kTileK;
 constexpr int kDenseCopyRegisters = 40;
 constexpr int kDenseSumRegisters = 232;
 
@@ -14,6 +15,8 @@ struct DenseGradientArguments {
   const int64* count;
   int64 tokens;   // nothing is done unless all of them count
   int64 dim;
+  int parts;      // of D: of kWidth each,
+  int wide;       // but the first of them of kWide, and the last of what is left
   int64 first;    // column of the chunk
   int64 columns;  // of the chunk
   int64 vocab;
@@ -33,21 +36,20 @@ struct DenseGradientArguments {
 
 struct DenseStage {
   Storage dz[2][kTileK * kTileK];  // rows along the depth, 64 rows each; or across, 64 columns each
-  Storage other[kSpread][kTileK * kTileK];
+  Storage other[kWideSpread][kTileK * kTileK];
 };
 struct alignas(1024) DenseShared {
   DenseStage stage[kStages];
   RingBarriers<kStages> ring;
 };
-static_assert(sizeof(DenseShared) + alignof(DenseShared) <= sizeof(Shared) + alignof(Stage),
-              "the host gives it what it gives the backward");
+static_assert(sizeof(DenseShared) + alignof(DenseShared) <= 231424, "_HOPPER_SHARED_BYTES of compiler.py");
 
-// The work: 256 of D for two row tiles, then 256 of D for two blocks of columns; what shares its rows of dz
-// goes together.
+// The work: a part of D for two row tiles, then a part of D for two blocks of columns; what shares its rows of
+// dz goes together.
 struct DenseItem {
   bool embedding;
-  int part;     // of D
-  int width;    // how much of it products are formed for
+  int begin;    // of its part of D
+  int width;    // for how much products are formed
   int place;    // of this block's 128 rows, or columns
   int steps;
 
@@ -59,26 +61,23 @@ struct DenseItem {
   }
 
   __device__ __forceinline__ DenseItem(const DenseGradientArguments& call, int at, uint32 rank) {
-    const int parts = count_parts(call), embeddings = count_embeddings(call);
+    const int embeddings = count_embeddings(call);
     embedding = at < embeddings;
-    const int own = embedding ? at : at - embeddings;
-    part = own % parts;
-    width = part_width(static_cast<int>(call.dim) - part * kWidth);
-    place = (own / parts * kCluster + static_cast<int>(rank)) * kRowTile;
+    const int own = embedding ? at : at - embeddings, part = own % call.parts;
+    begin = part * kWidth + min(part, call.wide) * (kWide - kWidth);
+    width = part < call.wide ? kWide : call.dim - begin > kNarrow ? kWidth : kNarrow;
+    place = (own / call.parts * kCluster + static_cast<int>(rank)) * kRowTile;
     steps = static_cast<int>(((embedding ? call.columns : call.tokens) + kTileK - 1) / kTileK);
-  }
-  __device__ __forceinline__ static int count_parts(const DenseGradientArguments& call) {
-    return static_cast<int>((call.dim + kWidth - 1) / kWidth);
   }
   __device__ __forceinline__ static int pairs(int64 length) {
     constexpr int kBoth = kCluster * kRowTile;
     return static_cast<int>((length + kBoth - 1) / kBoth);
   }
   __device__ __forceinline__ static int count_embeddings(const DenseGradientArguments& call) {
-    return call.de == nullptr ? 0 : pairs(call.tokens) * count_parts(call);
+    return call.de == nullptr ? 0 : pairs(call.tokens) * call.parts;
   }
   __device__ __forceinline__ static int count(const DenseGradientArguments& call) {
-    const int classifiers = call.dc == nullptr ? 0 : pairs(call.columns) * count_parts(call);
+    const int classifiers = call.dc == nullptr ? 0 : pairs(call.columns) * call.parts;
     return count_embeddings(call) + classifiers;
   }
 };
@@ -112,9 +111,10 @@ __device__ __forceinline__ void copy_boxes(DenseShared& shared, const DenseMaps&
         copy_box(shared_address(stage.dz[half]), maps.dz, item.embedding ? depth : along,
                  item.embedding ? along : depth, full, kEvictFirst);
       }
-      for (int i = static_cast<int>(rank); i < boxes; i += kCluster)
-        copy_box_to_blocks(shared_address(stage.other[i]), other, item.part * kWidth + i * kTileK,
-                           depth, full, (1 << kCluster) - 1, kEvictLast);
+      // Of an odd number the one block has one more; from step to step it is the other.
+      for (int i = (rank + step) % kCluster; i < boxes; i += kCluster)
+        copy_box_to_blocks(shared_address(stage.other[i]), other, item.begin + i * kTileK, depth, full,
+                           (1 << kCluster) - 1, kEvictLast);
     }
   }
 }
@@ -172,17 +172,19 @@ __device__ __forceinline__ void form_embedding(DenseShared& shared, const DenseG
     low[half] = number < call.waiting_rows ? call.waiting + number * call.dim
                                            : call.low + (number - call.waiting_rows) * call.dim;
   }
-  float sums[kSumsOf<kColumns>] = {};
-  // Sums go on from where the chunk before left them.
-  if (call.first > 0) take_kept_sums(sums, item.part, dim, row, low, q);
+  // Sums go on from where the chunk before left them. Without a branch: what only one side of it defines would be
+  // in two registers.
+  Storage* const kept[2] = {call.first > 0 ? row[0] : nullptr, call.first > 0 ? row[1] : nullptr};
+  float sums[kSumsOf<kColumns>];
+  take_kept_sums(sums, item.begin, dim, kept, low, q);
   settle(sums);
   multiply<0>(sums, shared, consumer, item.steps, place);
   if (call.first + call.columns >= call.vocab) {
     const int64 at[2] = {own, own + 8};
-    add_target_rests(sums, call.c, call.target, call.target_rest, at, call.tokens, item.part, dim, q);
-    store_rows(sums, item.part, dim, dense_scale(call), row, q);
+    add_target_rests(sums, call.c, call.target, call.target_rest, at, call.tokens, item.begin, dim, q);
+    store_rows(sums, item.begin, dim, dense_scale(call), row, q);
   } else {
-    keep_sums(sums, item.part, dim, row, low, q);
+    keep_sums(sums, item.begin, dim, row, low, q);
   }
 }
 
@@ -193,14 +195,14 @@ __device__ __forceinline__ void form_classifier(DenseShared& shared, const Dense
   float sums[kSumsOf<kColumns>] = {};
   settle(sums);
   multiply<1>(sums, shared, consumer, item.steps, place);
-  const int own = own_place(item, consumer);
+  const int own = own_place(item, consumer), dim = static_cast<int>(call.dim), q = threadIdx.x % 4;
   Storage* row[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64 number = own + 8 * half;
     row[half] = number < call.columns ? call.dc + (call.first + number) * call.dim : nullptr;
   }
-  store_rows(sums, item.part, static_cast<int>(call.dim), dense_scale(call), row, threadIdx.x % 4);
+  store_rows(sums, item.begin, dim, dense_scale(call), row, q);
 }
 
 __device__ __forceinline__ void form_items(DenseShared& shared, const DenseGradientArguments& call,
@@ -212,8 +214,8 @@ __device__ __forceinline__ void form_items(DenseShared& shared, const DenseGradi
   // All of one kind come first: in one loop the sums of both would be one.
   for (; (at = DenseItem::in_round(round)) < min(items, embeddings); ++round) {
     const DenseItem item(call, at, rank);
-    if (item.width == kNarrowest) {
-      form_embedding<kNarrowest>(shared, call, item, consumer, place);
+    if (item.width == kWide) {
+      form_embedding<kWide>(shared, call, item, consumer, place);
     } else if (item.width == kNarrow) {
       form_embedding<kNarrow>(shared, call, item, consumer, place);
     } else {
@@ -222,8 +224,8 @@ __device__ __forceinline__ void form_items(DenseShared& shared, const DenseGradi
   }
   for (; (at = DenseItem::in_round(round)) < items; ++round) {
     const DenseItem item(call, at, rank);
-    if (item.width == kNarrowest) {
-      form_classifier<kNarrowest>(shared, call, item, consumer, place);
+    if (item.width == kWide) {
+      form_classifier<kWide>(shared, call, item, consumer, place);
     } else if (item.width == kNarrow) {
       form_classifier<kNarrow>(shared, call, item, consumer, place);
     } else {

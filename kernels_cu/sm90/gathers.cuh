@@ -36,7 +36,7 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArg
   const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
   const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
   const uint32 in_tile = word_place(first, word);
-  const int d = item.part * kWidth + word * kWordElements;
+  const int d = item.begin + word * kWordElements;
   const bool whole = call.order.whole();
   const int pairs = count_passed(shared, call, chunk, item.place);
   const int start = whole ? list_start(shared, call, chunk, item.place)
@@ -60,7 +60,7 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArg
   const Storage* records = as_address(call.dz + word * kWordElements);
   const Storage* columns = as_address(call.c.data + d);
   const uint32 words_of_row = call.c.stride / kWordElements;
-  const bool whole_part = item.part * kWidth + kWidth <= dim;
+  const bool whole_part = item.begin + kWidth <= dim;
   auto copy_step = [&](const Ahead& own) {
     EmbeddingStage& stage = shared.stage[place.stage].embedding;
     wait_for(shared.ring.empty[place.stage], place.parity ^ 1);
@@ -92,7 +92,7 @@ __device__ __forceinline__ void copy_embedding(Shared& shared, const BackwardArg
       if (!whole_part) {
 #pragma unroll
         for (int part = 0; part < kSpread; ++part) {
-          if (item.part * kWidth + part * kTileK >= dim) break;
+          if (item.begin + part * kTileK >= dim) break;
 #pragma unroll
           for (int i = 0; i < kRowsOfThread; ++i)
             copy_word_if(shared_address(stage.c[part]) + in_tile +
@@ -144,9 +144,9 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
   const int thread = threadIdx.x, dim = static_cast<int>(call.dim);
   const int word = thread % kWordsOfRow, first = thread / kWordsOfRow;
   const uint32 in_tile = word_place(first, word);
-  const int d = item.part * kWidth + word * kWordElements;
+  const int d = item.begin + word * kWordElements;
   // What stands past the end of D matters to nobody.
-  const int boxes = min((dim - item.part * kWidth + kTileK - 1) / kTileK, kSpread);
+  const int boxes = min((dim - item.begin + kTileK - 1) / kTileK, kSpread);
   const int block = call.order.block_at(chunk.first + item.place);
   KeepingTiles tiles(call.order, block, row_tiles);
   // What the next tile keeps is on its way while this one's words are copied.
@@ -205,7 +205,7 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
       // A box for each warp: one that asked for all would keep the others waiting.
       if (rows.follow && thread % 32 == 0 && thread / 32 < boxes) {
         const int part = thread / 32;
-        copy_box(shared_address(stage.e[part]), e_map, item.part * kWidth + part * kTileK,
+        copy_box(shared_address(stage.e[part]), e_map, item.begin + part * kTileK,
                  rows.source + half * kTileK, full, kEvictLast);
       }
       const uint32 dz = shared_address(stage.dz) + in_tile;
@@ -220,7 +220,7 @@ __device__ __forceinline__ void copy_classifier(Shared& shared, const TensorMap&
 #pragma unroll
         for (int i = 0; i < kRowsOfThread; ++i) {
           const uint64 at = word_of_row[half * kRowsOfThread + i];
-          row[i] = call.e.data + item.part * kWidth + at * kWordElements;
+          row[i] = call.e.data + item.begin + at * kWordElements;
           copy_row(stage.e, row[i], half * kTileK + first + i * kRowStep < rows.number, d, dim,
                    in_tile + i * kRowStep * kTileK * sizeof(Storage));
         }

@@ -1,4 +1,4 @@
-// A thread's sums of dE or dC on Hopper, 64 rows and 256 elements of D for each group: their products, and
+// A thread's sums of dE or dC on Hopper, 64 rows and some elements of D for each group: their products, and
 // how they are stored, or kept for the next chunk.
 #pragma once
 
@@ -6,35 +6,39 @@
 
 namespace cce {
 
-// Elements of D: where no more are left, products take half the time, or a quarter.
-constexpr int kNarrow = kWidth / 2;
-constexpr int kNarrowest = kWidth / 4;
-
-// How many products are formed for where `left` are.
-__device__ __forceinline__ int part_width(int left) {
-  return left <= kNarrowest ? kNarrowest : left <= kNarrow ? kNarrow : kWidth;
-}
+// Elements of D whose gradients are formed at once, besides kWidth.
+constexpr int kNarrow = kWidth / 2;       // where no more are left: products take half the time
+constexpr int kWide = kWidth + kTileK;  // of dense products, where fewer parts do then
 
 // A thread's sums of 64 rows.
 template <int kColumns>
 constexpr int kSumsOf = kColumns / 2;
 
+// Some sums of a thread, those from kFirst on.
+template <int kFirst, int kNumber, int kSums>
+__device__ __forceinline__ float (&sums_from(float (&sums)[kSums]))[kNumber] {
+  static_assert(kFirst + kNumber <= kSums);
+  return reinterpret_cast<float(&)[kNumber]>(sums[kFirst]);
+}
+
 // Start the products of a stage with `dz`, whose rows lie across the depth where kAcross is 1.
-template <int kAcross, int kSums>
+template <int kAcross, int kSums, int kBoxes>
 __device__ __forceinline__ void start_gradients(float (&sums)[kSums], const Storage* dz,
-                                                const Storage (&other)[kSpread][kTileK * kTileK]) {
+                                                const Storage (&other)[kBoxes][kTileK * kTileK]) {
   const uint64 a = kAcross ? across_depth<kTileK>(dz) : along_depth(dz);
   const uint64 b = across_depth<kTileK>(other[0]);
 #pragma unroll
   for (int step = 0; step < kTileK / 16; ++step) {
     const uint64 a_step = a + step * (kAcross ? kAdvanceAcross : kAdvanceAlong);
     const uint64 b_step = b + step * kAdvanceAcross;
-    if constexpr (kSums == kSumsOf<kWidth>) {
+    if constexpr (kSums == kSumsOf<kWide>) {
+      constexpr uint64 kBoxes192 = 192 / kTileK * sizeof(other[0]) >> 4;
+      product_64x192x16<kAcross, 1>(sums_from<0, 96>(sums), a_step, b_step);
+      product_64x128x16<kAcross, 1>(sums_from<96, 64>(sums), a_step, b_step + kBoxes192, 1);
+    } else if constexpr (kSums == kSumsOf<kWidth>) {
       product_64x256x16<kAcross>(sums, a_step, b_step, 1);
-    } else if constexpr (kSums == kSumsOf<kNarrow>) {
-      product_64x128x16<kAcross, 1>(sums, a_step, b_step, 1);
     } else {
-      product_64x64x16<kAcross, 1>(sums, a_step, b_step, 1);
+      product_64x128x16<kAcross, 1>(sums, a_step, b_step, 1);
     }
   }
   product_commit();
@@ -48,18 +52,18 @@ __device__ __forceinline__ constexpr int gradient_index(int span, int half, int 
 // Call f(half, words) for every 16 bytes of a row that a thread writes: `words` holds pairs of sums,
 // `at` is the first element of D.
 template <int kSums, typename Finish>
-__device__ __forceinline__ void each_word(int part, int dim, int q, Finish f) {
+__device__ __forceinline__ void each_word(int begin, int dim, int q, Finish f) {
 #pragma unroll
   for (int spans = 0; spans < kSums / 4; spans += 4) {
-    const int at = part * kWidth + spans * 8 + q * kWordElements;
+    const int at = begin + spans * 8 + q * kWordElements;
 #pragma unroll
     for (int half = 0; half < 2; ++half) f(spans, half, at, at < dim);
   }
 }
 
 // The element of D of a sum.
-__device__ __forceinline__ int element_of(int part, int span, int side, int q) {
-  return part * kWidth + 8 * span + 2 * q + side;
+__device__ __forceinline__ int element_of(int begin, int span, int side, int q) {
+  return begin + 8 * span + 2 * q + side;
 }
 
 // Loads behind it stay there.
@@ -70,7 +74,7 @@ __device__ __forceinline__ void no_loads_across() { asm volatile("" ::: "memory"
 template <int kSums>
 __device__ __forceinline__ void add_target_rests(float (&sums)[kSums], const Matrix& c,
                                                  const int64* target, const float* rest,
-                                                 const int64 (&at)[2], int64 count, int part, int dim,
+                                                 const int64 (&at)[2], int64 count, int begin, int dim,
                                                  int q) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -81,7 +85,7 @@ __device__ __forceinline__ void add_target_rests(float (&sums)[kSums], const Mat
     const Storage* const from = c.row(column);
 #pragma unroll
     for (int span = 0; span < kSums / 4; ++span) {
-      const int d = element_of(part, span, 0, q);
+      const int d = element_of(begin, span, 0, q);
       // Some words at a time: there are no registers for more.
       if (span % 4 == 0) no_loads_across();
       if (d >= dim) continue;
@@ -95,9 +99,9 @@ __device__ __forceinline__ void add_target_rests(float (&sums)[kSums], const Mat
 
 // Store rounded sums times `scale`.
 template <int kSums>
-__device__ __forceinline__ void store_rows(const float (&sums)[kSums], int part, int dim, float scale,
+__device__ __forceinline__ void store_rows(const float (&sums)[kSums], int begin, int dim, float scale,
                                            Storage* const (&row)[2], int q) {
-  each_word<kSums>(part, dim, q, [&](int spans, int half, int at, bool there) {
+  each_word<kSums>(begin, dim, q, [&](int spans, int half, int at, bool there) {
     auto pair = [&](int k) {
       return narrow_pair(sums[gradient_index(spans + k, half, 0)] * scale,
                          sums[gradient_index(spans + k, half, 1)] * scale);
@@ -109,7 +113,7 @@ __device__ __forceinline__ void store_rows(const float (&sums)[kSums], int part,
 
 // Finished sums: of dz's records, less what the rows' factors bring of `background`, where there is any.
 template <bool kPlain, int kSums>
-__device__ __forceinline__ void finish_rows(float (&sums)[kSums], const BackwardArguments& call, int part,
+__device__ __forceinline__ void finish_rows(float (&sums)[kSums], const BackwardArguments& call, int begin,
                                             const float* background, const float (&factor)[2],
                                             Storage* const (&row)[2], int q) {
   const int dim = static_cast<int>(call.dim);
@@ -118,7 +122,7 @@ __device__ __forceinline__ void finish_rows(float (&sums)[kSums], const Backward
     if (background != nullptr) {
 #pragma unroll
       for (int span = 0; span < kSums / 4; ++span) {
-        const int d = element_of(part, span, 0, q);
+        const int d = element_of(begin, span, 0, q);
         if (d >= dim) continue;
         const float2 brought = *reinterpret_cast<const float2*>(background + d);
 #pragma unroll
@@ -132,17 +136,17 @@ __device__ __forceinline__ void finish_rows(float (&sums)[kSums], const Backward
       scale = 1.0f;
     }
   }
-  store_rows(sums, part, dim, scale, row, q);
+  store_rows(sums, begin, dim, scale, row, q);
 }
 
 constexpr uint32 kUpperHalves = 0x7632, kLowerHalves = 0x5410;  // of two words, selected into one
 
 // Unfinished sums wait as they are, their high halves where the gradient will be, the low ones beside it.
 template <int kSums>
-__device__ __forceinline__ void keep_sums(const float (&sums)[kSums], int part, int dim,
+__device__ __forceinline__ void keep_sums(const float (&sums)[kSums], int begin, int dim,
                                           Storage* const (&row)[2],
                                           unsigned short* const (&low)[2], int q) {
-  each_word<kSums>(part, dim, q, [&](int spans, int half, int at, bool there) {
+  each_word<kSums>(begin, dim, q, [&](int spans, int half, int at, bool there) {
     auto halves = [&](int k, uint32 selector) {
       return __byte_perm(__float_as_uint(sums[gradient_index(spans + k, half, 0)]),
                          __float_as_uint(sums[gradient_index(spans + k, half, 1)]), selector);
@@ -161,19 +165,20 @@ __device__ __forceinline__ void keep_sums(const float (&sums)[kSums], int part, 
 
 // Zeros where the low halves were.
 template <int kSums>
-__device__ __forceinline__ void clear_low(int part, int dim, Storage* const (&row)[2],
+__device__ __forceinline__ void clear_low(int begin, int dim, Storage* const (&row)[2],
                                           unsigned short* const (&low)[2], int q) {
-  each_word<kSums>(part, dim, q, [&](int spans, int half, int at, bool there) {
+  each_word<kSums>(begin, dim, q, [&](int spans, int half, int at, bool there) {
     if (there && row[half] != nullptr)
       *reinterpret_cast<uint4*>(low[half] + at) = make_uint4(0, 0, 0, 0);
   });
 }
 
+// Zeros where there is no row.
 template <int kSums>
-__device__ __forceinline__ void take_kept_sums(float (&sums)[kSums], int part, int dim,
+__device__ __forceinline__ void take_kept_sums(float (&sums)[kSums], int begin, int dim,
                                               Storage* const (&row)[2],
                                               unsigned short* const (&low)[2], int q) {
-  each_word<kSums>(part, dim, q, [&](int spans, int half, int at, bool there) {
+  each_word<kSums>(begin, dim, q, [&](int spans, int half, int at, bool there) {
     uint4 upper = {}, lower = {};
     if (there && row[half] != nullptr) {
       upper = *reinterpret_cast<const uint4*>(row[half] + at);
@@ -182,10 +187,11 @@ __device__ __forceinline__ void take_kept_sums(float (&sums)[kSums], int part, i
     upper = transpose_quad(upper, q);
     lower = transpose_quad(lower, q);
     auto add = [&](int k, uint32 high, uint32 low) {
-      sums[gradient_index(spans + k, half, 0)] =
-          __uint_as_float(__byte_perm(low, high, kLowerHalves));
-      sums[gradient_index(spans + k, half, 1)] =
-          __uint_as_float(__byte_perm(low, high, kUpperHalves));
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        float& sum = sums[gradient_index(spans + k, half, side)];
+        sum = __uint_as_float(__byte_perm(low, high, side == 0 ? kLowerHalves : kUpperHalves));
+      }
     };
     add(0, upper.x, lower.x);
     add(1, upper.y, lower.y);

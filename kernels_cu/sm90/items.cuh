@@ -17,7 +17,7 @@ __device__ __forceinline__ int count_embeddings(const BackwardArguments& call, i
 // another, so that these come from memory once.
 struct GradientItem {
   bool embedding;
-  int part;   // of D
+  int begin;  // of its part of D
   int place;  // a row tile, or the place of a block in its chunk
 
   __device__ __forceinline__ GradientItem(const BackwardArguments& call, int row_tiles, int parts,
@@ -26,7 +26,7 @@ struct GradientItem {
     embedding = at < embeddings;
     const int number = embedding ? at : at - embeddings;
     place = number / parts;
-    part = number - place * parts;
+    begin = (number - place * parts) * kWidth;
   }
 };
 

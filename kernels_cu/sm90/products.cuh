@@ -34,8 +34,8 @@ __device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArg
   float sums[kSumsOf<kColumns>] = {};
   // Sums go on from where the chunk before left them.
   if (!first) {
-    take_kept_sums(sums, item.part, dim, row, low, q);
-    if (last && waiting > 0) clear_low<kSumsOf<kColumns>>(item.part, dim, row, low, q);
+    take_kept_sums(sums, item.begin, dim, row, low, q);
+    if (last && waiting > 0) clear_low<kSumsOf<kColumns>>(item.begin, dim, row, low, q);
   }
   settle(sums);
   int done = 0;
@@ -56,7 +56,7 @@ __device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArg
   settle(sums);
   release(shared.ring.empty[done]);
   if (!last) {
-    keep_sums(sums, item.part, dim, row, low, q);
+    keep_sums(sums, item.begin, dim, row, low, q);
     return;
   }
   float smoothing[2] = {};
@@ -68,8 +68,8 @@ __device__ __forceinline__ void form_embedding(Shared& shared, const BackwardArg
     if (!kPlain && call.smoothing_classifier != nullptr && at[half] < count)
       smoothing[half] = call.factors.smoothing[at[half]];
   }
-  add_target_rests(sums, call.c, call.map.target, call.target_rest, at, count, item.part, dim, q);
-  finish_rows<kPlain>(sums, call, item.part, call.smoothing_classifier, smoothing, row, q);
+  add_target_rests(sums, call.c, call.map.target, call.target_rest, at, count, item.begin, dim, q);
+  finish_rows<kPlain>(sums, call, item.begin, call.smoothing_classifier, smoothing, row, q);
 }
 
 template <bool kPlain, int kColumns>
@@ -115,7 +115,7 @@ __device__ __forceinline__ void form_classifier(Shared& shared, const BackwardAr
     if (!kPlain && call.smoothing_embedding != nullptr && column >= 0)
       smoothing[half] = call.smoothing_class[column];
   }
-  finish_rows<kPlain>(sums, call, item.part, call.smoothing_embedding, smoothing, row, q);
+  finish_rows<kPlain>(sums, call, item.begin, call.smoothing_embedding, smoothing, row, q);
 }
 
 template <bool kPlain>
@@ -130,24 +130,18 @@ __device__ __forceinline__ void form_gradients(Shared& shared, const BackwardArg
   // All of one kind come first: in one loop the sums of both would be one.
   for (; at != Queue::kNoItem && at < embeddings; at = queue.receive(shared)) {
     const GradientItem item(call, row_tiles, parts, at);
-    const int width = part_width(dim - item.part * kWidth);
-    if (width == kWidth) {
+    if (dim - item.begin > kNarrow) {
       form_embedding<kPlain, kWidth>(shared, call, chunk, item, count, first, last, place);
-    } else if (width == kNarrow) {
-      form_embedding<kPlain, kNarrow>(shared, call, chunk, item, count, first, last, place);
     } else {
-      form_embedding<kPlain, kNarrowest>(shared, call, chunk, item, count, first, last, place);
+      form_embedding<kPlain, kNarrow>(shared, call, chunk, item, count, first, last, place);
     }
   }
   for (; at != Queue::kNoItem; at = queue.receive(shared)) {
     const GradientItem item(call, row_tiles, parts, at);
-    const int width = part_width(dim - item.part * kWidth);
-    if (width == kWidth) {
+    if (dim - item.begin > kNarrow) {
       form_classifier<kPlain, kWidth>(shared, call, chunk, item, row_tiles, place);
-    } else if (width == kNarrow) {
-      form_classifier<kPlain, kNarrow>(shared, call, chunk, item, row_tiles, place);
     } else {
-      form_classifier<kPlain, kNarrowest>(shared, call, chunk, item, row_tiles, place);
+      form_classifier<kPlain, kNarrow>(shared, call, chunk, item, row_tiles, place);
     }
   }
   queue.finish(limit);

@@ -256,16 +256,17 @@ __device__ __forceinline__ void begin_product_64x192x16(float (&d)[96], uint64 a
       : "l"(a), "l"(b));
 }
 
-// The same, added to d.
+// The same, added to d; rows of a and b lie across the depth where kAcross and kOtherAcross are 1.
+template <int kAcross = 0, int kOtherAcross = 0>
 __device__ __forceinline__ void product_64x192x16(float (&d)[96], uint64 a, uint64 b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n192k16.f32." CCE_OPERAND "." CCE_OPERAND " " CCE_SUMS_96
-      ", %96, %97, 1, 1, 1, 0, 0;\n"
+      ", %96, %97, 1, 1, 1, %98, %99;\n"
       : CCE_OPERANDS_96("+f")
-      : "l"(a), "l"(b));
+      : "l"(a), "l"(b), "n"(kAcross), "n"(kOtherAcross));
 }
 
-// The same of 128 columns; rows of a and b lie across the depth where kAcross and kOtherAcross are 1.
+// The same of 128 columns, added to d where `add` is set.
 template <int kAcross = 0, int kOtherAcross = 0>
 __device__ __forceinline__ void product_64x128x16(float (&d)[64], uint64 a, uint64 b, int add) {
   asm volatile(
@@ -286,23 +287,6 @@ __device__ __forceinline__ void product_64x128x16(float (&d)[64], uint64 a, uint
         "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
         "+f"(d[63])
-      : "l"(a), "l"(b), "r"(add), "n"(kAcross), "n"(kOtherAcross));
-}
-
-// The same of 64 columns.
-template <int kAcross = 0, int kOtherAcross = 0>
-__device__ __forceinline__ void product_64x64x16(float (&d)[32], uint64 a, uint64 b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." CCE_OPERAND "." CCE_OPERAND " "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, p, 1, 1, %35, %36;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
-        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
-        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
       : "l"(a), "l"(b), "r"(add), "n"(kAcross), "n"(kOtherAcross));
 }
 

@@ -11,7 +11,7 @@ from test_properties import check_forward
 
 import cce_cupy
 from cce_cupy.frameworks import gpu
-from cce_cupy.plan import GpuDevice, make_gpu_plan
+from cce_cupy.plan import GpuDevice, dense, make_gpu_plan
 from cce_cupy.problem import ArraySpec, Options, Problem
 
 H100 = GpuDevice(132, (9, 0))
@@ -313,9 +313,9 @@ def test_bits_of_dense_chunks(cupy, dtype):
     case = dense_problem(700, 9000, 264, dtype)
     arguments = sent(cupy, case)
     found = set()
-    # All rows of sums wait where the last rows of dC will be, or those that fit there; the last
-    # chunk is the largest, or the smallest.
-    waiting = {None: (1, 0), 5 * 2**20: (3, 700), 2 * 2**20: (7, 700), 20 * 2**16: (12, 552)}
+    # Rows of sums wait beside dz, all where the last rows of dC will be, or those that fit there;
+    # the last chunk is the largest, or the smallest.
+    waiting = {None: (1, 0), 5 * 2**20: (3, 0), 2 * 2**20: (7, 700), 20 * 2**16: (12, 552)}
     for size, expected in waiting.items():
         cut = plan_of(case, **UNFILTERED, workspace_bytes=size).dense_both
         assert (len(cut.chunks), cut.waiting) == expected
@@ -325,6 +325,36 @@ def test_bits_of_dense_chunks(cupy, dtype):
             )
             found.add(tuple(bits(cupy, results)))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dim", [264, 320, 576, 640, 904])
+@pytest.mark.parametrize("size", [None, 2**21])
+def test_parts_of_dense_products(cupy, monkeypatch, dtype, dim, size):
+    """Wide parts or not: the same bits, and right; in one chunk, and with sums that wait."""
+    case = dense_problem(700, 3001, dim, dtype)
+    ways = dense.cut_parts(dim)
+    assert [parts.wide > 0 for parts in ways] == [True, False]
+    arguments = sent(cupy, case)
+    given = {**UNFILTERED, "workspace_bytes": size}
+    found = set()
+    for parts in ways:
+        monkeypatch.setattr(dense, "cut_parts", lambda _, parts=parts: [parts])
+        forget_plans()
+        cut = plan_of(case, **given).dense_both
+        assert cut.parts == parts
+        assert (len(cut.chunks) > 1) == (size is not None)
+        results = cce_cupy.linear_cross_entropy_value_and_grad(**arguments, **given)
+        check(case, Road(cupy).receive(results))
+        found.add(tuple(bits(cupy, results)))
+    forget_plans()
+    assert len(found) == 1
+
+
+def forget_plans():
+    """Calls make theirs anew."""
+    make_gpu_plan.cache_clear()
+    gpu._alike.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", HALF)
