@@ -1,12 +1,13 @@
 """The command line: demo, loss, info and bench, by way of `cce_cupy.__main__.main`."""
 
+import contextlib
 import ctypes
 import ctypes.util
 import os
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -836,6 +837,41 @@ def test_bench_data() -> None:
     found = bench.kept_fraction(np, inputs)
     assert found == pytest.approx(np.mean(kept), rel=1e-4)
     assert 0.01 < found < 0.2
+
+
+def test_bench_counts_what_a_call_takes_and_not_what_is_left_of_others() -> None:
+    """Room that an earlier call left in CuPy's pool would hide what this one needs."""
+
+    class Pool:
+        def __init__(self) -> None:
+            self.free = self.total = 0
+
+        def malloc(self, size: int) -> None:
+            if size > self.free:
+                self.total += size
+            else:
+                self.free -= size
+
+        def total_bytes(self) -> int:
+            return self.total
+
+    common = Pool()
+    common.free = 2**30
+    allocator = common.malloc
+
+    @contextlib.contextmanager
+    def using_allocator(given: Any) -> Iterator[None]:
+        nonlocal allocator
+        before, allocator = allocator, given
+        yield
+        allocator = before
+
+    cupy: Any = SimpleNamespace(
+        cuda=SimpleNamespace(MemoryPool=Pool, using_allocator=using_allocator)
+    )
+    for _ in range(2):
+        assert bench._extra_memory(cupy, lambda: (allocator(3 * 2**20), allocator(2**20))) == 2**22
+    assert allocator == common.malloc
 
 
 # The front

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 from collections.abc import Callable
@@ -44,8 +43,8 @@ PROTOCOL = (
     f"{MOST_CALLS} pairs, after {WARM_UPS} calls of each to warm up, with CUDA events around every "
     "call; medians, of the times and of the pairs' own ratios. sustained: as many calls of the run "
     "back to back, then of the product; means. TFLOP/s count 2NVD of a forward and 6NVD of loss "
-    "and gradients, whatever a filter leaves out. extra: what CuPy's memory pool grows by in a "
-    "call, less the gradients."
+    "and gradients, whatever a filter leaves out. extra: what a call takes of a memory pool of "
+    "its own, less the gradients."
 )
 
 MIB = 2**20
@@ -258,14 +257,11 @@ def _block(cupy: ModuleType, call: Run, number: int) -> float:
 
 
 def _extra_memory(cupy: ModuleType, call: Run) -> int:
-    """Return by how much the pool grows in a call, having first given back what is free in it."""
-    gc.collect()
-    cupy.cuda.Device().synchronize()
-    pool = cupy.get_default_memory_pool()
-    pool.free_all_blocks()
-    before = pool.total_bytes()
-    call()
-    return int(pool.total_bytes() - before)
+    """Return what a call takes of a pool of its own: in CuPy's there may be room left by others."""
+    pool = cupy.cuda.MemoryPool()
+    with cupy.cuda.using_allocator(pool.malloc):
+        call()
+    return int(pool.total_bytes())
 
 
 def _table(title: str, tflop: float, figures: dict[str, tuple[Figures, int]]) -> Table:
