@@ -223,23 +223,6 @@ def test_records_of_different_kernels_are_not_joined(records_of_gpu):
         report.join([records_of_gpu["peers"], others["peers"] | {"device": "another"}])
 
 
-def test_rows_without_errors_do_not_replace_those_with(records_of_gpu):
-    """Those of a run that was after the mean over seeds come later, and are timed once more."""
-    import report
-
-    ours = records_of_gpu["ours"]
-    (case,) = ours["cases"]
-    bare = {"loss_error": None, "de_error": None, "dc_error": None}
-    later = case | {"rows": [row | bare | {"ms": 1e9} for row in case["rows"]]}
-    joined = report.join([ours, ours | {"cases": [later]}])["cases"][0]
-    assert joined["seeds"] == case["seeds"]
-    for row, before in zip(joined["rows"], case["rows"], strict=True):
-        assert row == before if before["loss_error"] is not None else row["ms"] == 1e9
-    newer = case | {"rows": [row | {"ms": 1e9} for row in case["rows"]]}
-    joined = report.join([ours, ours | {"cases": [newer]}])["cases"][0]
-    assert {row["ms"] for row in joined["rows"]} == {1e9}
-
-
 def test_records_of_peers_stay(records_of_gpu, tmp_path):
     """Where ours are taken anew, and no others."""
     import records

@@ -60,7 +60,7 @@ def test_every_record_has_a_name_that_report_takes(record, tmp_path):
     # The text comes before those that read it.
     assert names.index(str(tokens)) < names.index("plain-0.json")
     without = [run.record for run in record.runs(record.KINDS, None, tokens)]
-    assert set(names) - set(without) == {"case-smollm2.json", "seeds-smollm2.json"}
+    assert set(names) - set(without) == {"case-smollm2.json"}
 
 
 def test_arguments_are_those_that_the_scripts_know(record, tmp_path, monkeypatch):
@@ -73,4 +73,6 @@ def test_arguments_are_those_that_the_scripts_know(record, tmp_path, monkeypatch
             given = parser.parse_args([*run.arguments, str(tmp_path / "record.json")])
             assert given.json.name == "record.json"
             assert given.case[0] in gpu.CASES
+            seeded = "case" in run.record and given.case[0] in record.SEEDED
+            assert (given.seeds > 0) == seeded
     assert set(record.ARMS) == set(training.ARMS)

@@ -23,6 +23,8 @@ COMPARED = ("gemma3-like", "gemma2-2b", "wide")
 """Cases that peers are measured on."""
 
 SEEDED = ("gemma3-like", "smollm2")
+"""Cases that the mean over seeds is formed on."""
+
 SWEEPS = {
     "tokens": ("512", "1024", "2048", "4096", "8192", "16384", "32768", "65536"),
     "few-tokens": ("1", "16", "64", "128"),
@@ -30,7 +32,7 @@ SWEEPS = {
 }
 ARMS = ("plain", "unfiltered", "unbiased", "threshold")
 SEEDS = range(3)
-KINDS = ("cases", "training", "sweeps", "peers", "overhead", "seeds")
+KINDS = ("cases", "training", "sweeps", "peers", "overhead")
 _BURSTS = ["--burst", "0.3", "--block", "0.15", "--least", "3"]
 
 
@@ -50,7 +52,6 @@ def runs(kinds: Sequence[str], arrays: Path | None, tokens: Path) -> Iterator[Ru
         "sweeps": _sweeps(),
         "peers": _peers(),
         "overhead": _overhead(),
-        "seeds": _seeds(arrays),
     }
     for kind in kinds:
         yield from makers[kind]
@@ -67,6 +68,7 @@ def _cases(arrays: Path | None) -> Iterator[Run]:
     for name in CASES:
         if (case := _of_case(name, arrays)) is not None:
             more = ["--workspaces", "--options", "--ignored", "--accuracy"]
+            more += ["--seeds", "32"] if name in SEEDED else []
             yield Run("gpu.py", [*case, *more, *_BURSTS, "--json"], f"case-{name}.json")
 
 
@@ -81,13 +83,6 @@ def _sweeps() -> Iterator[Run]:
         sweep = ["--sweep", name.rpartition("-")[2], "--steps", *steps, "--no-unfiltered"]
         arguments = ["--case", "gemma2-2b", *sweep, *_BURSTS, "--json"]
         yield Run("gpu.py", arguments, f"sweep-{name}.json")
-
-
-def _seeds(arrays: Path | None) -> Iterator[Run]:
-    for name in SEEDED:
-        if (case := _of_case(name, arrays)) is not None:
-            more = ["--seeds", "32", "--no-unfiltered", *_BURSTS, "--json"]
-            yield Run("gpu.py", [*case, *more], f"seeds-{name}.json")
 
 
 def _overhead() -> Iterator[Run]:

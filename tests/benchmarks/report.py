@@ -50,7 +50,7 @@ def join(records: Iterable[Record]) -> Record:
     Parameters
     ----------
     records : iterable of dict
-        Later rows of the same name replace earlier ones, unless these have errors and they do not.
+        Later rows of the same name replace earlier ones.
 
     Raises
     ------
@@ -85,12 +85,7 @@ def _is_of_peers(record: Record) -> bool:
 
 
 def _join_case(whole: Record, case: Record) -> None:
-    rows = {(row["run"], row["base"]): row for row in whole["rows"]}
-    for row in case["rows"]:
-        key = row["run"], row["base"]
-        # A run that was after something else, such as seeds, has times but no errors.
-        if rows.get(key, {}).get("loss_error") is None or row.get("loss_error") is not None:
-            rows[key] = row
+    rows = {(row["run"], row["base"]): row for row in (*whole["rows"], *case["rows"])}
     whole["rows"] = list(rows.values())
     whole["seeds"] = case["seeds"] or whole["seeds"]
     whole["absent"] = whole["absent"] | case["absent"]

@@ -27,6 +27,18 @@ def cupy():
     return each
 
 
+@pytest.fixture
+def forget_plans():
+    """Has calls make theirs anew; those of later tests too, however this one ends."""
+
+    def forget():
+        make_gpu_plan.cache_clear()
+        gpu._alike.cache_clear()
+
+    yield forget
+    forget()
+
+
 def plan_of(case, **options):
     """The plan of a case on an H100."""
     specs = {
@@ -330,7 +342,7 @@ def test_bits_of_dense_chunks(cupy, dtype):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("dim", [264, 320, 576, 640, 904])
 @pytest.mark.parametrize("size", [None, 2**21])
-def test_parts_of_dense_products(cupy, monkeypatch, dtype, dim, size):
+def test_parts_of_dense_products(cupy, monkeypatch, forget_plans, dtype, dim, size):
     """Wide parts or not: the same bits, and right; in one chunk, and with sums that wait."""
     case = dense_problem(700, 3001, dim, dtype)
     ways = dense.cut_parts(dim)
@@ -347,14 +359,7 @@ def test_parts_of_dense_products(cupy, monkeypatch, dtype, dim, size):
         results = cce_cupy.linear_cross_entropy_value_and_grad(**arguments, **given)
         check(case, Road(cupy).receive(results))
         found.add(tuple(bits(cupy, results)))
-    forget_plans()
     assert len(found) == 1
-
-
-def forget_plans():
-    """Calls make theirs anew."""
-    make_gpu_plan.cache_clear()
-    gpu._alike.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", HALF)
